@@ -1,0 +1,1 @@
+"""Benchmarks: CoIN and its small sister CoIN-mini."""

@@ -1,0 +1,1 @@
+"""Scoring and reporting: reads run folders, never a live trainer."""
