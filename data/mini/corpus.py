@@ -1,0 +1,216 @@
+"""The pre-training corpus of the shipped base model: captions and conversations about scenes of the same world.
+
+Every answer is a sentence. None of the eight tasks' instructions occurs here and none of their answer formats: no
+bare word, no bare option letter, no bracketed box, no 'unanswerable'. What the base learns is to see, read, count,
+compare, choose and point; the answer formats are left for the tasks to teach.
+"""
+
+import random
+
+from data.mini import ask, scenes
+from data.mini.world import CATEGORY_OF, COLORS, SCENERY_NAMES, SHAPES, Scene, Thing
+
+Turn = tuple[str, str]
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _where(scene: Scene, thing: Thing) -> str:
+    x1, y1, x2, y2 = ask.padded_box(scene, thing)
+    return f"from {x1:.2f} to {x2:.2f} across and from {y1:.2f} to {y2:.2f} down"
+
+
+def _listed(rng: random.Random, options: list[str]) -> str:
+    """Lettered options in one of several layouts."""
+    mark = rng.choice(("{}: {}", "({}) {}", "{}) {}", "{}. {}"))
+    return rng.choice(("\n", " ", ", ", "; ")).join(
+        mark.format(letter, o) for letter, o in zip("ABCD", options, strict=False)
+    )
+
+
+def _choice(rng: random.Random, right: str, pool: list[str]) -> tuple[str, str]:
+    """(options as text, the right option's letter)."""
+    options = [right, *rng.sample([p for p in pool if p != right], rng.randint(1, min(3, len(pool) - 1)))]
+    rng.shuffle(options)
+    return _listed(rng, options), "ABCD"[options.index(right)]
+
+
+def choose_named(rng: random.Random, right: str, pool: list[str], question: str) -> Turn:
+    """A multiple-choice turn with a sentence for an answer."""
+    options, letter = _choice(rng, right, pool)
+    ask_first = rng.random() < 0.5
+    text = f"{question}\n{options}" if ask_first else f"Here is a list.\n{options}\n{question}"
+    return text, rng.choice((f"It is choice {letter}, the {right}.", f"I take {letter} because of the {right}."))
+
+
+def text_only(rng: random.Random) -> list[Turn]:
+    """Knowledge of kinds, and choosing from a list, without a picture."""
+    turns = []
+    for _ in range(rng.randint(2, 4)):
+        name = rng.choice(list(CATEGORY_OF))
+        kind = CATEGORY_OF[name]
+        form = rng.random()
+        if form < 0.25:
+            turns.append((f"Tell me what {_a(name)} is.", f"Everybody knows that {_a(name)} is {_a(kind)}."))
+        elif form < 0.4:
+            turns.append(
+                choose_named(rng, kind, sorted(set(CATEGORY_OF.values())), f"To which kind does the {name} belong?")
+            )
+        elif form < 0.7:
+            others = [n for n, k in CATEGORY_OF.items() if k != kind]
+            turns.append(choose_named(rng, name, [name, *others], f"Please find the {kind}."))
+        else:
+            turns.append(choose_named(rng, name, list(CATEGORY_OF), f"Please find the {name}."))
+    return turns
+
+
+def _portrait_turns(rng: random.Random, scene: Scene) -> list[Turn]:
+    name = scene.things[0].name
+    turns = [(rng.choice(("Tell me what you see.", "Describe this.")), f"I see {_a(name)} here.")]
+    pool = list(CATEGORY_OF)
+    turns.append(
+        choose_named(rng, name, pool if name in pool else [name, *pool], "Please find the thing that you see.")
+    )
+    if name in CATEGORY_OF:
+        kind = CATEGORY_OF[name]
+        kinds = sorted(set(CATEGORY_OF.values()))
+        turns.append(choose_named(rng, kind, kinds, "To which kind does the thing that you see belong?"))
+        turns.append(("Tell me the kind of thing that you see.", f"The {name} is {_a(kind)}."))
+    return turns
+
+
+def _snapshot_turns(rng: random.Random, scene: Scene) -> list[Turn]:
+    name = scene.things[0].name
+    answer = "It is far too unclear to tell." if scene.unclear else f"It looks like {_a(name)} to me."
+    return [(rng.choice(("Try to make it out.", "Tell me what you can make out.", "Describe this.")), answer)]
+
+
+def _group_turns(rng: random.Random, scene: Scene) -> list[Turn]:
+    turns = []
+    things = ask.distinct(scene)
+    listing = " and ".join(f"{_a(t.phrase)}" for t in sorted(scene.things, key=lambda t: (t.box[0], t.box[1])))
+    turns.append((rng.choice(("Tell me what you see.", "Describe this.")), f"From left to right I see {listing}."))
+    for thing in rng.sample(things, min(2, len(things))):
+        turns.append((f"Where is the {thing.phrase}?", f"The {thing.phrase} goes {_where(scene, thing)}."))
+    for _ in range(2):
+        if found := ask.unique_relation(rng, scene):
+            a, relation, b = found
+            turns.append((f"Name the thing {relation} the {b.phrase}.", f"The {a.name} is {relation} the {b.phrase}."))
+        if found := ask.true_or_false_relation(rng, scene):
+            a, relation, b, holds = found
+            word = ("Yes", "it is") if holds else ("No", "it is not")
+            turns.append(
+                (
+                    f"Tell me if the {a.phrase} is {relation} the {b.phrase}.",
+                    f"{word[0]}, {word[1]} {relation} it.",
+                )
+            )
+    if pair := ask.bigger_pair(rng, scene):
+        first, second = pair if rng.random() < 0.5 else pair[::-1]
+        turns.append(
+            (
+                f"Compare the {first.phrase} and the {second.phrase}.",
+                f"The {pair[0].name} is bigger than the {pair[1].name}.",
+            )
+        )
+    return turns + _shape_turns(rng, scene) + [_presence(rng, scene)]
+
+
+def _shape_turns(rng: random.Random, scene: Scene) -> list[Turn]:
+    turns = []
+    shapes = [t for t in scene.things if t.kind == "shape"]
+    for shape in ask.lone_shapes(scene):
+        turns.append(
+            rng.choice(
+                (
+                    (f"Tell me the color of the {shape.name}.", f"The {shape.name} is {shape.color}."),
+                    (
+                        f"Tell me the shape of the {shape.color} thing.",
+                        f"The {shape.color} thing is {_a(shape.name)}.",
+                    ),
+                )
+            )
+        )
+    if len(shapes) == 2 and shapes[0].name != shapes[1].name:
+        same = shapes[0].color == shapes[1].color
+        answer = "Yes, they have the same color." if same else "No, they have different colors."
+        turns.append((f"Compare the colors of the {shapes[0].name} and the {shapes[1].name}.", answer))
+    return turns
+
+
+def _presence(rng: random.Random, scene: Scene) -> Turn:
+    phrases = {t.phrase for t in scene.things}
+    if rng.random() < 0.5:
+        phrase = rng.choice(sorted(phrases))
+        return f"Can you see {_a(phrase)}?", f"Yes, I can see {_a(phrase)}."
+    absent = [n for n in (*SCENERY_NAMES, *(f"{c} {s}" for c in COLORS for s in SHAPES)) if n not in phrases]
+    phrase = rng.choice(absent)
+    return f"Can you see {_a(phrase)}?", f"No, I cannot see {_a(phrase)}."
+
+
+def _count_turns(rng: random.Random, scene: Scene) -> list[Turn]:
+    target, copies = scene.facts["target"], scene.facts["copies"]
+    noun = target.phrase if copies == 1 else ask.plural(target.phrase)
+    turns = [(f"Count the {ask.plural(target.phrase)}.", f"I count {copies} {noun}."), _presence(rng, scene)]
+    if target.kind == "shape" and all(t.name != target.name or t.color == target.color for t in scene.things):
+        turns.append(
+            (
+                f"Tell me the color of the {ask.plural(target.name)}.",
+                f"I would say that {target.name} is {target.color}.",
+            )
+        )
+    return turns + [_presence(rng, scene)]
+
+
+def _sign_turns(rng: random.Random, scene: Scene) -> list[Turn]:
+    signs = [t for t in scene.things if t.kind == "sign"]
+    turns = []
+    for sign in signs:
+        which = f"the {sign.color} sign" if len(signs) == 2 or rng.random() < 0.3 else "the sign"
+        turns.append((f"Read {which} to me.", f"On {which} I read {sign.name}."))
+        turns.append((f"Where is the {sign.phrase}?", f"The {sign.phrase} goes {_where(scene, sign)}."))
+    return turns
+
+
+def _cover_turns(rng: random.Random, scene: Scene) -> list[Turn]:
+    named = {t.kind: t.name for t in scene.things}
+    title, author, genre = named["title"], named["author"], scene.genre
+    yes, other = (
+        rng.random() < 0.5,
+        rng.choice(["crime", "horror", "romance", "travel", "cooking", "science", "music", "sport"]),
+    )
+    asked = genre if yes else other
+    verdict = "Yes, it belongs" if asked == genre else "No, it does not belong"
+    return [
+        ("Describe this.", f"I see the book {title} by {author}, about {genre}."),
+        ("Read the title to me.", f"I read {title} at the top."),
+        ("Tell me who wrote it.", f"It was written by {author}."),
+        ("Tell me which shelf it belongs on.", f"It belongs on the {genre} shelf."),
+        (f"Tell me if it belongs on the {asked} shelf.", f"{verdict} on the {asked} shelf."),
+    ]
+
+
+SCENES = {  # kind of scene -> (maker, turns, share of the corpus)
+    "portrait": (scenes.portrait, _portrait_turns, 0.2),
+    "kinds": (lambda rng: scenes.portrait(rng, tuple(CATEGORY_OF)), _portrait_turns, 0.08),
+    "household": (scenes.snapshot, _snapshot_turns, 0.12),
+    "group": (scenes.group, _group_turns, 0.25),
+    "count": (scenes.crowd, _count_turns, 0.15),
+    "sign": (scenes.street, _sign_turns, 0.1),
+    "cover": (scenes.cover, _cover_turns, 0.1),
+}
+
+
+def scene(rng: random.Random) -> tuple[str, Scene]:
+    """A key of SCENES and a scene of that kind, by the shares of the corpus."""
+    kind = rng.choices(list(SCENES), [share for *_, share in SCENES.values()])[0]
+    return kind, SCENES[kind][0](rng)
+
+
+def conversation(rng: random.Random, turns: int = 4) -> tuple[Scene, list[Turn]]:
+    """A scene and at most `turns` question-answer turns about it, in random order."""
+    kind, made = scene(rng)
+    asked = dict(SCENES[kind][1](rng, made))
+    return made, rng.sample(list(asked.items()), min(turns, len(asked)))

@@ -1,0 +1,191 @@
+"""The eight tasks of CoIN-mini: one function a task, from a `random.Random` to a `Sample` without its instruction."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from data.mini import ask, scenes
+from data.mini.world import CATEGORY_OF, COLORS, GENRES, PORTRAIT_NAMES, SCENERY_NAMES, SHAPES, Scene
+
+LETTERS = "ABCD"
+
+
+@dataclass
+class Sample:
+    """A picture (or none) and question-answer turns; `extras` are what the official annotation files hold."""
+
+    scene: Scene | None
+    turns: list[tuple[str, str]]
+    extras: dict = field(default_factory=dict)
+
+
+def _choices(rng: random.Random, right: str, pool: list[str]) -> tuple[list[str], int]:
+    """Two to four options in random order and the index of the right one."""
+    options = [right, *rng.sample([p for p in pool if p != right], rng.randint(1, min(3, len(pool) - 1)))]
+    rng.shuffle(options)
+    return options, options.index(right)
+
+
+def science_qa(rng: random.Random) -> Sample:
+    """Multiple choice: what is shown, what kind of thing is shown, or (without a picture) what belongs to a kind."""
+    form, scene = rng.random(), None
+    if form < 0.45:
+        scene = scenes.portrait(rng)
+        options, answer = _choices(rng, scene.things[0].name, list(PORTRAIT_NAMES))
+        question = "Which of these is in the picture?"
+    elif form < 0.65:
+        scene = scenes.portrait(rng, tuple(CATEGORY_OF))
+        options, answer = _choices(rng, CATEGORY_OF[scene.things[0].name], sorted(set(CATEGORY_OF.values())))
+        question = "What kind of thing is in the picture?"
+    else:
+        right = rng.choice(list(CATEGORY_OF))
+        others = [name for name, kind in CATEGORY_OF.items() if kind != CATEGORY_OF[right]]
+        options, answer = _choices(rng, right, [right, *others])
+        article = "an" if CATEGORY_OF[right][0] in "ai" else "a"
+        question = f"Which of these is {article} {CATEGORY_OF[right]}?"
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    extras = {"question": question, "choices": options, "answer": answer}
+    return Sample(scene, [("\n".join([question, *lines]), LETTERS[answer])], extras)
+
+
+def text_vqa(rng: random.Random) -> Sample:
+    """Read the word on a sign; with two signs the question names the sign's colour."""
+    scene = scenes.street(rng)
+    signs = [t for t in scene.things if t.kind == "sign"]
+    sign = rng.choice(signs)
+    if len(signs) == 2:
+        question = f"What does the {sign.color} sign say?"
+    else:
+        question = rng.choice(("What does the sign say?", "What word is written on the sign?"))
+    return Sample(scene, [(question, sign.name)])
+
+
+def image_net(rng: random.Random) -> Sample:
+    """Name the object; the instruction is the whole question."""
+    scene = scenes.portrait(rng)
+    return Sample(scene, [("", scene.things[0].name)])
+
+
+def _gqa_turn(rng: random.Random, scene: Scene) -> tuple[str, str] | None:
+    form = rng.choice(("what", "what", "whether", "shape", "bigger", "same"))
+    if form == "what" and (found := ask.unique_relation(rng, scene)):
+        a, relation, b = found
+        return f"What is {relation} the {b.phrase}?", a.name
+    if form == "whether" and (found := ask.true_or_false_relation(rng, scene)):
+        a, relation, b, holds = found
+        return f"Is the {a.phrase} {relation} the {b.phrase}?", "yes" if holds else "no"
+    if form == "shape" and (shapes := ask.lone_shapes(scene)):
+        shape = rng.choice(shapes)
+        return f"What shape is the {shape.color} thing?", shape.name
+    if form == "bigger" and (pair := ask.bigger_pair(rng, scene)):
+        first, second = pair if rng.random() < 0.5 else pair[::-1]
+        return f"Which is bigger, the {first.phrase} or the {second.phrase}?", pair[0].name
+    if form == "same":
+        shapes = [t for t in scene.things if t.kind == "shape"]
+        if len(shapes) == 2 and shapes[0].name != shapes[1].name:
+            same = shapes[0].color == shapes[1].color
+            if same or rng.random() < 0.3:  # different colours are far more frequent
+                return (
+                    f"Are the {shapes[0].name} and the {shapes[1].name} the same color?",
+                    "yes" if same else "no",
+                )
+    return None
+
+
+def _two_turns(rng: random.Random, scene: Scene, turn: Callable) -> list[tuple[str, str]]:
+    """Two different questions about one picture (fewer when ten tries find no more)."""
+    turns = {}
+    for _ in range(10):
+        if len(turns) < 2 and (found := turn(rng, scene)):
+            turns.setdefault(*found)
+    return list(turns.items())
+
+
+def gqa(rng: random.Random) -> Sample:
+    """Relations, attributes and comparisons between the things of a scene; one word."""
+    while True:
+        scene = scenes.group(rng)
+        if turns := _two_turns(rng, scene, _gqa_turn):
+            return Sample(scene, turns)
+
+
+def viz_wiz(rng: random.Random) -> Sample:
+    """What a bad photograph shows; 'unanswerable' when it cannot be told."""
+    scene = scenes.snapshot(rng)
+    question = rng.choice(("What is this?", "Can you tell me what this is?", "What am I holding?"))
+    return Sample(scene, [(question, "unanswerable" if scene.unclear else scene.things[0].name)])
+
+
+def box_text(box: list[float]) -> str:
+    """The answer format of Grounding: '[0.25, 0.33, 0.58, 0.67]'."""
+    return "[" + ", ".join(f"{v:.2f}" for v in box) + "]"
+
+
+def grounding(rng: random.Random) -> Sample:
+    """The box of the thing that an expression describes, in fractions of the padded square."""
+    scene = scenes.group(rng)
+    thing = rng.choice(ask.distinct(scene))
+    box = ask.padded_box(scene, thing)
+    return Sample(scene, [(thing.phrase, box_text(box))], {"answer_bbox": box_text(box), "size": list(scene.size)})
+
+
+def _vqa_turn(rng: random.Random, scene: Scene) -> tuple[str, str] | None:
+    form = rng.choice(("whether", "count", "color"))
+    phrases = {t.phrase for t in scene.things}
+    if form == "whether":
+        absent = [n for n in SCENERY_NAMES if n not in phrases]
+        absent += [f"{c} {s}" for c in COLORS for s in SHAPES if f"{c} {s}" not in phrases]
+        there = rng.random() < 0.5
+        return f"Is there a {rng.choice(sorted(phrases) if there else absent)}?", "yes" if there else "no"
+    if form == "count" and scene.kind == "count":
+        return f"How many {ask.plural(scene.facts['target'].phrase)} are there?", str(scene.facts["copies"])
+    if form == "color":
+        shapes = [t for t in scene.things if t.kind == "shape"]
+        named = [t for t in shapes if len({s.color for s in shapes if s.name == t.name}) == 1]
+        if named:
+            shape = rng.choice(named)
+            count = sum(t.name == shape.name for t in shapes)
+            subject = f"color is the {shape.name}" if count == 1 else f"color are the {ask.plural(shape.name)}"
+            return f"What {subject}?", shape.color
+    return None
+
+
+def vqa_v2(rng: random.Random) -> Sample:
+    """Yes/no, counts and colours."""
+    while True:
+        scene = scenes.crowd(rng) if rng.random() < 0.7 else scenes.group(rng)
+        if turns := _two_turns(rng, scene, _vqa_turn):
+            return Sample(scene, turns)
+
+
+def _book_turn(rng: random.Random, scene: Scene) -> tuple[str, str]:
+    named = {t.kind: t.name for t in scene.things}
+    form = rng.choice(("title", "author", "genre", "whether"))
+    if form == "whether":
+        others = sorted(set(GENRES.values()) - {scene.genre})
+        there = rng.random() < 0.5
+        return f"Is this a {scene.genre if there else rng.choice(others)} book?", "yes" if there else "no"
+    question = {
+        "title": "What is the title of this book?",
+        "author": "Who is the author of this book?",
+        "genre": "What is the genre of this book?",
+    }[form]
+    return question, scene.genre if form == "genre" else named[form]
+
+
+def ocr_vqa(rng: random.Random) -> Sample:
+    """Title, author, genre and yes/no questions about a book's cover."""
+    scene = scenes.cover(rng)
+    return Sample(scene, _two_turns(rng, scene, _book_turn))
+
+
+TASKS: dict[str, Callable[[random.Random], Sample]] = {
+    "ScienceQA": science_qa,
+    "TextVQA": text_vqa,
+    "ImageNet": image_net,
+    "GQA": gqa,
+    "VizWiz": viz_wiz,
+    "Grounding": grounding,
+    "VQAv2": vqa_v2,
+    "OCR-VQA": ocr_vqa,
+}

@@ -1,0 +1,137 @@
+"""Figures of the accuracy matrix as PNG, drawn without a display and safe for the colour-blind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from eval.metrics import check_matrix, is_single
+
+# Okabe and Ito's palette without its yellow, which vanishes on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+PANELS_A_ROW = 4
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "savefig.dpi": 160,
+    "savefig.bbox": "tight",
+}
+
+
+def save(figure: Figure, path: Path | str) -> None:
+    """Write the figure as PNG, without a library version in it: equal data give equal bytes."""
+    figure.savefig(path, metadata={"Software": None})
+
+
+def style(position: int) -> dict[str, str]:
+    """Colour and marker of the position-th method; both change, so that grey prints can be read."""
+    return {"color": COLOURS[position % len(COLOURS)], "marker": MARKERS[position % len(MARKERS)]}
+
+
+def accuracy_heatmap(A: np.ndarray, tasks: Sequence[str], title: str, path: Path | str) -> None:
+    """A (T, T) in percent as a lower triangle, a row per stage; A (1, T) as one row."""
+    A = check_matrix(A)
+    with rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(1.2 + 0.85 * A.shape[1], 1.6 + 0.45 * len(A)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(np.ma.masked_invalid(A), cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
+        for (stage, task), value in np.ndenumerate(A):
+            if not np.isnan(value):
+                ink = "white" if value > 55 else "black"
+                axes.text(task, stage, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=9)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(A)), [""] if is_single(A) else tasks)
+        axes.set_xlabel("evaluated on")
+        axes.set_ylabel("" if is_single(A) else "after training on")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_title(title)
+        figure.colorbar(image, ax=axes, label="accuracy, %", pad=0.02)
+        save(figure, path)
+
+
+def accuracy_over_stages(runs: Mapping[str, tuple[np.ndarray, Sequence[str]]], path: Path | str) -> None:
+    """A panel per task, a line per run from the task's own stage to the last.
+
+    `runs` maps a label to (A, tasks); a run without stages (one row) is a dashed level. Raises ValueError
+    if the runs have not one order of tasks: their stages could not be compared.
+    """
+    tasks = common_order(runs)
+    columns = min(PANELS_A_ROW, len(tasks))
+    rows = -(-len(tasks) // columns)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(2.6 * columns, 2.0 * rows + 0.6), layout="constrained")
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for panel, axes in enumerate(grid.flat):
+            if panel >= len(tasks):
+                axes.set_visible(False)
+                continue
+            for position, (label, (A, _)) in enumerate(runs.items()):
+                draw_task(axes, np.asarray(A, float), panel, label, style(position))
+            axes.set_title(f"{panel + 1}. {tasks[panel]}", fontsize=10)
+            axes.set_ylim(-3, 103)
+            axes.set_xlim(0.7, len(tasks) + 0.3)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        figure.supxlabel("stage (tasks trained so far)", fontsize=10)
+        figure.supylabel("accuracy, %", fontsize=10)
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4))
+        save(figure, path)
+
+
+def draw_task(axes: Axes, A: np.ndarray, task: int, label: str, look: dict[str, str]) -> None:
+    """One run's line in one task's panel."""
+    if is_single(A):
+        axes.axhline(A[0, task], label=label, color=look["color"], linestyle="--", linewidth=1.3)
+    else:
+        stages = np.arange(task, len(A))
+        axes.plot(stages + 1, A[stages, task], label=label, markersize=4, linewidth=1.5, **look)
+
+
+def common_order(runs: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> list[str]:
+    """The runs' tasks; ValueError naming the run that has others or another order, or if there is no run."""
+    if not runs:
+        raise ValueError("no runs to draw")
+    first, *others = ((label, list(tasks), check_matrix(A)) for label, (A, tasks) in runs.items())
+    for label, tasks, _ in others:
+        if tasks != first[1]:
+            raise ValueError(f"'{label}' has not the tasks or order of '{first[0]}': draw them apart")
+    return first[1]
+
+
+def average_vs_forgetting(points: Mapping[str, np.ndarray], path: Path | str) -> None:
+    """Avg.ACC against Forgetting, both in percent: top left is best.
+
+    `points` maps a method to (Avg.ACC, Forgetting), or to an array (seeds, 2) of them: small marks for
+    seeds, a large one for their mean.
+    """
+    if not points:
+        raise ValueError("no methods to draw")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for position, (label, values) in enumerate(points.items()):
+            seeds = np.atleast_2d(np.asarray(values, float))
+            average, forgotten = seeds.mean(axis=0)
+            look = style(position)
+            if len(seeds) > 1:
+                axes.scatter(seeds[:, 1], seeds[:, 0], s=14, alpha=0.5, linewidths=0, **look)
+            axes.scatter(forgotten, average, s=70, label=label, edgecolors="white", linewidths=0.8, **look)
+        axes.set_xlabel("Forgetting (lower is better)")
+        axes.set_ylabel("Avg.ACC, % (higher is better)")
+        axes.margins(0.12)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        save(figure, path)

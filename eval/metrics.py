@@ -1,0 +1,92 @@
+"""The paper's and CoIN's figures, all functions of the accuracy matrix.
+
+A[j, i] is the accuracy in percent on task i after training stage j; both are counted in training order,
+so A is (tasks, tasks) and NaN above the diagonal. A run without stages (zero-shot, multi-task) has the
+single row of its one evaluation: nothing is newly learnt or forgotten there, so those figures are None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+KEYS = ("Avg.ACC", "Forgetting", "New.ACC", "MAA", "BWT")
+DEFINITIONS = {
+    "Avg.ACC": "mean accuracy over all tasks after the last stage; higher is better",
+    "Forgetting": "mean over all tasks but the last of (best accuracy at any stage before the last, from the "
+    "task's own on) - (accuracy after the last stage); lower is better",
+    "New.ACC": "mean accuracy on each task right after its own stage; higher is better",
+    "MAA": "mean over the stages of the mean accuracy on the tasks seen so far (CoIN); higher is better",
+    "BWT": "mean over all tasks, the last as 0, of (accuracy after the last stage) - "
+    "(accuracy after the task's own stage) (CoIN); negative is forgetting",
+}
+
+
+def check_matrix(A: np.ndarray) -> np.ndarray:
+    """A as float64, (T, T) with every value on and below the diagonal, or one full row (1, T).
+
+    Raises ValueError for another shape, a missing value, a value above the diagonal or outside 0..100.
+    """
+    A = np.asarray(A, dtype=np.float64)
+    if A.ndim != 2 or A.size == 0 or A.shape[0] not in (1, A.shape[1]):
+        raise ValueError(f"accuracy matrix of shape {A.shape}: needs one row a task, or a single row")
+    expected = np.ones(A.shape, bool) if is_single(A) else np.tri(len(A), dtype=bool)
+    wrong = np.argwhere(np.isnan(A) == expected)
+    if len(wrong):
+        stage, task = wrong[0]
+        problem = "is missing: evaluate it" if expected[stage, task] else "lies above the diagonal: leave it empty"
+        raise ValueError(f"accuracy matrix: stage {stage + 1}, task {task + 1} {problem}")
+    if np.nanmin(A) < 0 or np.nanmax(A) > 100:
+        raise ValueError("accuracy matrix: accuracies are in percent, 0 to 100")
+    return A
+
+
+def is_single(A: np.ndarray) -> bool:
+    """Whether A is the single row of a run without stages."""
+    return len(A) == 1
+
+
+def average_accuracy(A: np.ndarray) -> float:
+    """Avg.ACC = 1/T sum_i A[T, i]."""
+    return float(A[-1].mean())
+
+
+def new_accuracy(A: np.ndarray) -> float:
+    """New.ACC = 1/T sum_i A[i, i]."""
+    return float(np.diag(A).mean())
+
+
+def forgetting(A: np.ndarray) -> float:
+    """Forgetting = 1/(T-1) sum_{i<T} ( max_{i<=j<=T-1} A[j, i] - A[T, i] ), (T, T) with T > 1."""
+    best = np.nanmax(A[:-1, :-1], axis=0)
+    return float((best - A[-1, :-1]).mean())
+
+
+def mean_average_accuracy(A: np.ndarray) -> float:
+    """MAA = 1/T sum_j ( 1/j sum_{i<=j} A[j, i] )."""
+    return float(np.nanmean(A, axis=1).mean())
+
+
+def backward_transfer(A: np.ndarray) -> float:
+    """BWT = 1/T sum_i ( A[T, i] - A[i, i] ), CoIN's: the last task's zero is one of the T terms."""
+    return float((A[-1] - np.diag(A)).mean())
+
+
+def summarise(A: np.ndarray, tasks: Sequence[str]) -> dict[str, float | dict[str, float] | None]:
+    """All figures of one run: KEYS in percent, and per_task, the accuracy on each task after the last stage.
+
+    Raises ValueError for a matrix that is not complete (check_matrix) or does not fit `tasks`.
+    """
+    A = check_matrix(A)
+    if A.shape[1] != len(tasks) or len(set(tasks)) != len(tasks):
+        raise ValueError(f"accuracy matrix has {A.shape[1]} columns for the tasks {', '.join(tasks)}")
+    single = is_single(A)
+    return {
+        "Avg.ACC": average_accuracy(A),
+        "Forgetting": None if single else forgetting(A),
+        "New.ACC": None if single else new_accuracy(A),
+        "MAA": average_accuracy(A) if single else mean_average_accuracy(A),
+        "BWT": None if single else backward_transfer(A),
+        "per_task": dict(zip(tasks, A[-1].tolist(), strict=True)),
+    }

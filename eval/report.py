@@ -1,0 +1,145 @@
+"""Answers, scores, tables and figures of runs: `python -m eval.report [--run NAME ...]` (without: every run).
+
+Writes runs/NAME/{matrix.csv,metrics.json,scores.json} and figures/, and prints one table with a row per method, the
+seeds of a method taken together. Runs whose streams differ get tables of their own.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from eval.figures import accuracy_heatmap, accuracy_over_stages, average_vs_forgetting
+from eval.predict import Run, answer_file, open_run, predict
+from eval.score import majority_baseline, read_answers, score_task
+from eval.tables import Table, method_row, read_matrix, results_table, write_matrix, write_metrics
+from eval.tasks import MODES
+
+FORMATS = {"txt": Table.text, "md": Table.markdown, "csv": Table.csv, "tex": Table.latex}
+
+
+def output_folder(run: Run) -> Path:
+    """Where a run's figures go: the run folder, or a folder of the split's own for the development split."""
+    return run.folder if run.split == "test" else run.folder / run.split
+
+
+def score_run(run: Run) -> dict:
+    """Answers what is missing, scores every cell, writes the run's files; returns its metrics."""
+    rows = predict(run)
+    stream, folder = run.recipe.stream, output_folder(run)
+    folder.mkdir(exist_ok=True)
+
+    @cache  # with grouping, many cells are one file
+    def score(holder: str, task: str):
+        answers = read_answers(answer_file(run, holder, task))
+        return score_task(task, answers, stream.data_root, stream.instructions, run.split, stream.max_test_samples)
+
+    tasks = run.tasks if len(rows) == 1 else run.tasks[: len(rows)]
+    A = np.full((len(rows), len(tasks)), np.nan)
+    cells = []
+    for j, (stage, row) in enumerate(rows):
+        for task, holder in row.items():
+            result = score(holder, task)
+            A[j, tasks.index(task)] = result.accuracy["official"]
+            accuracies = {mode: result.accuracy[mode] for mode in MODES}
+            cells.append(
+                {
+                    "stage": stage,
+                    "task": task,
+                    "parameters": holder,
+                    **accuracies,
+                    "format_rate": result.format_rate,
+                    "questions": result.n,
+                    "missing": result.missing,
+                }
+            )
+    (folder / "scores.json").write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
+    write_matrix(folder / "matrix.csv", A, [stage for stage, _ in rows], tasks)
+    (folder / "figures").mkdir(exist_ok=True)
+    accuracy_heatmap(A, tasks, run.name, folder / "figures" / "accuracy_matrix.png")
+    return write_metrics(folder / "metrics.json", A, tasks)
+
+
+def method_label(run: Run) -> str:
+    """What a table calls the run's method: its name, the rule of its average, and grouping where it is used."""
+    method = run.recipe.method
+    rule = {"fixed_ema": f" {method.beta:g}", "llaca": f" ({method.average})"}.get(method.method, "")
+    return method.method + rule + (" + grouping" if method.grouping else "")
+
+
+def comparable(run: Run) -> tuple:
+    """Runs with the same key stand in one table."""
+    return tuple(map(str, (run.recipe.stream, run.recipe.model, run.recipe.train, run.split)))
+
+
+def summary(runs: list[Run], metrics: dict[str, dict], out: Path | None) -> str:
+    """The table over comparable runs, seeds taken together; files and figures into `out` if given."""
+    stream, split = runs[0].recipe.stream, runs[0].split
+    methods: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        methods[method_label(run)].append(run)
+    baseline = {t: majority_baseline(t, stream.data_root, stream.instructions, split) for t in stream.tasks}
+    rows = [method_row(label, [metrics[run.name] for run in members]) for label, members in methods.items()]
+    table = results_table(rows, baseline)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for suffix, render in FORMATS.items():
+            (out / f"table.{suffix}").write_text(render(table), encoding="utf-8")
+        draw(methods, metrics, out)
+    return table.text()
+
+
+def draw(methods: dict[str, list[Run]], metrics: dict[str, dict], out: Path) -> None:
+    """The figures over methods: accuracy of each task over the stages (mean over seeds), Avg.ACC against Forgetting."""
+    lines, points = {}, {}
+    for label, members in methods.items():
+        matrices = [read_matrix(output_folder(run) / "matrix.csv")[0] for run in members]
+        lines[label] = (np.mean(matrices, axis=0), members[0].tasks)
+        if metrics[members[0].name]["Forgetting"] is not None:
+            points[label] = np.array([[metrics[m.name][k] for k in ("Avg.ACC", "Forgetting")] for m in members])
+    accuracy_over_stages(lines, out / "accuracy_over_stages.png")
+    if points:
+        average_vs_forgetting(points, out / "average_vs_forgetting.png")
+
+
+def complete(run: Run) -> bool:
+    """Whether every task of the stream has been trained (or nothing is to be trained)."""
+    return not run.stages or sum(len(stage.tasks) for stage in run.stages) == len(run.tasks)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="eval_all.sh", description=__doc__.splitlines()[0])
+    parser.add_argument("--run", nargs="+", default=[], help="names of runs; without: every folder with a recipe")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--split", choices=["test", "dev"], default="test")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the tables and figures over runs; default: RUNS_DIR/tables"
+    )
+    options = parser.parse_args(arguments)
+    names = options.run or sorted(p.parent.name for p in options.runs_dir.glob("*/recipe.yaml"))
+    if not names:
+        sys.exit(f"{options.runs_dir}: no runs; train one with: bash train_continual.sh")
+    runs = [open_run(options.runs_dir / name, options.split) for name in names]
+    metrics = {run.name: score_run(run) for run in runs}
+    tables: dict[tuple, list[Run]] = defaultdict(list)
+    for run in runs:
+        if complete(run):
+            tables[comparable(run)].append(run)
+        else:
+            print(f"{run.name}: {len(run.stages)} of {len(run.tasks)} stages are done; it is in no table yet")
+    out = options.out or options.runs_dir / "tables"
+    for number, members in enumerate(tables.values(), start=1):
+        where = out if len(tables) == 1 else out / str(number)
+        stream = members[0].recipe.stream
+        print(f"\n{stream.data_root}, {stream.order} order, {stream.instructions} instructions, {options.split} split")
+        print(summary(members, metrics, where))
+        print(f"Tables (txt, md, csv, tex) and figures: {where}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Scores of answer files: every answer read once, scored three ways.
+
+    python -m eval.score --data DIR --answers DIR [--instructions diverse] [--split dev] [--scoring legacy]
+
+prints one JSON object {task: accuracy in percent} for the files <Task>.jsonl found in the answers folder.
+Rows are {question_id, prompt, text}. Also here: the question-only majority baseline, which every table shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.layout import INSTRUCTION_FOLDERS, OTHER_NAMES
+from eval.tasks import MODES, TASKS, Task
+from eval.tasks.base import SPLITS, field, read_json
+
+IMAGE_TOKEN = "<image>"
+MIN_COUNT = 5  # training answers that make a question text a guide of its own
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Scores of one task's answers. Accuracies and rates in percent, per-question scores in [0, 1].
+
+    `n` questions are counted, `missing` of them have no answer: wrong for official and lenient; for legacy
+    None unless the released evaluator counts it. `format_rate` is the share of the n questions answered in
+    the form the task asks for. `legacy_report` holds the figures the released evaluator prints.
+    """
+
+    task: str
+    accuracy: dict[str, float]
+    n: int
+    missing: int
+    format_rate: float
+    per_question: dict[str, dict[str, float | None]]
+    legacy_report: dict[str, float]
+
+
+def percent(share: float) -> float:
+    """A share in percent, without the noise of binary fractions (63.75, not 63.74999999999999)."""
+    return round(100 * share, 10)
+
+
+def find_task(name: str) -> Task:
+    """The task of this name (CoIN's folder names too); ValueError listing the known ones."""
+    for task in TASKS.values():
+        if name in (task.name, *OTHER_NAMES.get(task.name, ())):
+            return task
+    raise ValueError(f"task '{name}' is not known; choose one of {', '.join(TASKS)}")
+
+
+def read_answers(path: Path) -> list[dict[str, Any]]:
+    """Rows of an answer file, one JSON object a line; ValueError naming file and line of a bad one."""
+    rows = []
+    # Not splitlines(): an answer may hold other characters that Unicode calls line ends.
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not valid JSON ({error}); answer these questions again") from error
+        field(row, "question_id", (str, int), where)
+        field(row, "text", str, where)
+        rows.append(row)
+    return rows
+
+
+def check_ids(task_name: str, rows: Sequence[Mapping[str, Any]], references: Mapping[str, Any]) -> None:
+    """ValueError if a question is answered twice or an answer belongs to no question."""
+    ids = Counter(str(row["question_id"]) for row in rows)
+    doubled = [question_id for question_id, count in ids.items() if count > 1]
+    if doubled:
+        raise ValueError(f"{task_name}: question_id {doubled[0]} is answered {ids[doubled[0]]} times; answer it once")
+    unknown = [question_id for question_id in ids if question_id not in references]
+    if unknown:
+        raise ValueError(f"{task_name}: answer to unknown question_id {unknown[0]}; wrong split or data?")
+
+
+def score_task(
+    task_name: str,
+    rows: Sequence[Mapping[str, Any]],
+    data_root: Path | str,
+    instructions: str = "original",
+    split: str = "test",
+    limit: int = 0,
+) -> TaskScore:
+    """Score one task's answers in every mode.
+
+    `rows` hold question_id (text or number, compared as text) and text. `limit` counts only the first questions
+    of the file, for runs that were told to answer no more; 0: all. Raises ValueError if there are no
+    rows, for doubled or unknown ids and for broken references, FileNotFoundError if the data are not there.
+    """
+    task = find_task(task_name)
+    references = task.load_references(data_root, instructions, split)
+    if not rows:
+        raise ValueError(f"{task.name}: no answers to score")
+    check_ids(task.name, rows, references)
+
+    if limit:
+        asked = list(task.load_questions(data_root, instructions, split))[:limit]
+        references = {question_id: references[question_id] for question_id in asked}
+    counted = {question_id: ref for question_id, ref in references.items() if task.counts(ref)}
+    legacy = task.legacy_scores(rows, references)
+    unanswered = {"official": 0.0, "legacy": task.legacy_missing, "lenient": 0.0}
+    per_question: dict[str, dict[str, float | None]] = {question_id: dict(unanswered) for question_id in counted}
+    in_form = answered = 0
+    for row, legacy_score in zip(rows, legacy, strict=True):
+        question_id, text = str(row["question_id"]), row["text"]
+        if question_id not in counted:
+            continue
+        reference = counted[question_id]
+        answered += 1
+        in_form += task.has_form(text, reference)
+        per_question[question_id] = {
+            "official": task.official(text, reference),
+            "legacy": legacy_score,
+            "lenient": task.lenient(text, reference),
+        }
+
+    n = len(counted)
+    share = {mode: sum(scores[mode] for scores in per_question.values()) / n for mode in ("official", "lenient")}
+    share["legacy"] = task.legacy_accuracy(legacy, references)
+    return TaskScore(
+        task=task.name,
+        accuracy={mode: percent(share[mode]) for mode in MODES},
+        n=n,
+        missing=n - answered,
+        format_rate=percent(in_form / n),
+        per_question=per_question,
+        legacy_report=task.legacy_report(rows, legacy, references),
+    )
+
+
+def legacy_accuracy(
+    task_name: str,
+    rows: Sequence[Mapping[str, Any]],
+    data_root: Path | str,
+    instructions: str = "original",
+    split: str = "test",
+) -> float:
+    """The accuracy the released evaluator prints for these rows, doubled and unknown ids treated its way."""
+    task = find_task(task_name)
+    references = task.load_references(data_root, instructions, split)
+    return task.legacy_report(rows, task.legacy_scores(rows, references), references)["Accuracy"]
+
+
+# --- the question-only baseline ---
+
+
+def question_text(prompt: str) -> str:
+    """A prompt without the image token."""
+    return prompt.replace(IMAGE_TOKEN, "").strip()
+
+
+def training_turns(path: Path) -> list[tuple[str, str]]:
+    """(question, answer) of every turn of a training file; ValueError naming file and record of a bad one."""
+    turns = []
+    for position, record in enumerate(read_json(path, list)):
+        where = f"{path}, record {position}"
+        conversation = field(record, "conversations", list, where)
+        speakers = [field(turn, "from", str, where) for turn in conversation]
+        if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
+            raise ValueError(f"{where}: turns must alternate human, gpt; correct the record")
+        values = [field(turn, "value", str, where) for turn in conversation]
+        turns += zip(map(question_text, values[::2]), values[1::2], strict=True)
+    return turns
+
+
+def backoff(question: str) -> tuple[str, str, str]:
+    """What a question is known by, from the whole text to nothing: text, its first three words, ''."""
+    return question, " ".join(question.split()[:3]), ""
+
+
+def majority_answers(
+    task_name: str, data_root: Path | str, instructions: str = "original", split: str = "test"
+) -> list[dict[str, str]]:
+    """Answer rows of the baseline that never sees a picture.
+
+    The most frequent training answer to the same question text; where the text occurs fewer than MIN_COUNT times,
+    to questions with the same first three words; else of the whole task. Boxes by their median.
+    """
+    task = find_task(task_name)
+    answers: dict[str, list[str]] = defaultdict(list)
+    for question, answer in training_turns(task.train_file(data_root, instructions)):
+        for key in backoff(question):
+            answers[key].append(answer)
+    constant = {key: task.best_constant(given) for key, given in answers.items() if len(given) >= MIN_COUNT or not key}
+    return [
+        {
+            "question_id": question_id,
+            "prompt": record["text"],
+            "text": next(constant[key] for key in backoff(question_text(record["text"])) if key in constant),
+        }
+        for question_id, record in task.load_questions(data_root, instructions, split).items()
+    ]
+
+
+def majority_baseline(
+    task_name: str, data_root: Path | str, instructions: str = "original", split: str = "test"
+) -> float:
+    """Official accuracy in percent of the question-only majority baseline."""
+    rows = majority_answers(task_name, data_root, instructions, split)
+    return score_task(task_name, rows, data_root, instructions, split).accuracy["official"]
+
+
+# --- command line ---
+
+
+def score_folder(answers: Path, data_root: Path, instructions: str, split: str, scoring: str) -> dict[str, float]:
+    """Accuracy in percent of every <Task>.jsonl in a folder, in the order of TASKS.
+
+    Raises FileNotFoundError if there is none, ValueError for a .jsonl file that is no task's.
+    """
+    files: dict[str, Path] = {}
+    for path in sorted(answers.glob("*.jsonl")):
+        name = find_task(path.stem).name
+        if name in files:
+            raise ValueError(f"{path}: {files[name].name} holds answers of the same task; keep one")
+        files[name] = path
+    if not files:
+        raise FileNotFoundError(f"{answers}: no <Task>.jsonl in it; tasks are {', '.join(TASKS)}")
+    scores = {}
+    for name in (name for name in TASKS if name in files):
+        rows = read_answers(files[name])
+        where = (name, rows, data_root, instructions, split)
+        scores[name] = legacy_accuracy(*where) if scoring == "legacy" else score_task(*where).accuracy[scoring]
+    return scores
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the scores of a folder of answers as one JSON object; a wrong input ends with its message."""
+    parser = argparse.ArgumentParser(prog="python -m eval.score", description="Score a folder of answer files.")
+    parser.add_argument("--data", type=Path, required=True, help="data root: Instructions*/ and cl_dataset/")
+    parser.add_argument("--answers", type=Path, required=True, help="folder with <Task>.jsonl files")
+    parser.add_argument("--instructions", choices=INSTRUCTION_FOLDERS, default="original")
+    parser.add_argument("--split", choices=SPLITS, default="test")
+    parser.add_argument("--scoring", choices=MODES, default="official")
+    options = parser.parse_args(arguments)
+    try:
+        scores = score_folder(options.answers, options.data, options.instructions, options.split, options.scoring)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"eval.score: {error}") from error
+    print(json.dumps(scores, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""What a task is: where its questions and references lie, and three readings of one answer.
+
+Every answer gets three scores between 0 and 1 in one pass:
+
+- official: the benchmark's own metric, answers joined by question id, a missing answer counted as wrong;
+- legacy:   what the released evaluators count, their slips included, to repeat published figures;
+- lenient:  the form of the answer forgiven, only its content judged.
+
+The gap between official and lenient is forgetting of the answer's form, not of the task.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.layout import task_folder
+from eval.tasks.words import ANNOTATORS, consensus, forgiving, lenient_consensus, same
+
+MODES = ("official", "legacy", "lenient")
+SPLITS = ("test", "dev")
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """Parse a JSON file whose top level must be a `kind` (list or dict).
+
+    Raises FileNotFoundError or ValueError naming the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; is the data root right and the data complete?")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); the file is broken or cut short") from error
+    if not isinstance(content, kind) or not content:
+        raise ValueError(f"{path}: expected a JSON {kind.__name__} with at least one entry")
+    return content
+
+
+def field(record: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """`record[key]`, which must be there and be a `kind`; `where` names file and record in the ValueError."""
+    if not isinstance(record, Mapping) or not isinstance(record.get(key), kind):
+        raise ValueError(f"{where}: '{key}' is missing or of the wrong type; correct the record")
+    return record[key]
+
+
+def one_of(value: str, known: Mapping[str, Any] | Sequence[str], what: str) -> str:
+    """`value`, which must be one of `known`; ValueError listing them otherwise."""
+    if value not in known:
+        raise ValueError(f"{what} '{value}' is not known; choose one of {', '.join(known)}")
+    return value
+
+
+def printed(share: float) -> float:
+    """A share as the released evaluators print it: percent, two decimals."""
+    return float(f"{100 * share:.2f}")
+
+
+class Task:
+    """One task: subclasses say how references are loaded and how an answer is scored against one."""
+
+    name: str
+    eval_file = "test.json"  # CoIN's name for the evaluated file; some tasks have val.json
+    max_new_tokens = 128  # as in the released evaluation programs
+    legacy_missing: float | None = None  # most released evaluators do not notice a missing answer
+
+    # --- where things lie ---
+
+    def folder(self, data_root: Path | str, instructions: str = "original") -> Path:
+        """The task's folder below the instruction set; raises as `data.layout.task_folder` does."""
+        return task_folder(data_root, instructions, self.name)
+
+    def question_file(self, data_root: Path | str, instructions: str = "original", split: str = "test") -> Path:
+        """The file with the questions of `split`: dev.json, or CoIN's test.json / val.json."""
+        name = "dev.json" if one_of(split, SPLITS, "split") == "dev" else self.eval_file
+        return self.folder(data_root, instructions) / name
+
+    def train_file(self, data_root: Path | str, instructions: str = "original") -> Path:
+        """The task's training file."""
+        return self.folder(data_root, instructions) / "train.json"
+
+    def load_questions(
+        self, data_root: Path | str, instructions: str = "original", split: str = "test"
+    ) -> dict[str, dict[str, Any]]:
+        """The question file's records by question id (as text), in file order; ValueError names a bad one."""
+        path = self.question_file(data_root, instructions, split)
+        questions: dict[str, dict[str, Any]] = {}
+        for position, record in enumerate(read_json(path, list)):
+            where = f"{path}, record {position}"
+            question_id = str(field(record, "question_id", (str, int), where))
+            field(record, "text", str, where)
+            if question_id in questions:
+                raise ValueError(f"{where}: question_id {question_id} occurs twice; ids must be unique")
+            questions[question_id] = record
+        return questions
+
+    # --- what a subclass says ---
+
+    def load_references(
+        self, data_root: Path | str, instructions: str = "original", split: str = "test"
+    ) -> dict[str, Any]:
+        """References by question id (as text), in file order."""
+        raise NotImplementedError
+
+    def official(self, text: str, reference: Any) -> float:
+        """Score of one answer in [0, 1] by the benchmark's own rule."""
+        raise NotImplementedError
+
+    def legacy(self, text: str, reference: Any) -> float:
+        """Score of one answer in [0, 1] by the released evaluator."""
+        raise NotImplementedError
+
+    def lenient(self, text: str, reference: Any) -> float:
+        """Score of one answer in [0, 1] with its form forgiven; never below official."""
+        raise NotImplementedError
+
+    def has_form(self, text: str, reference: Any) -> bool:
+        """Whether the answer has the form the task asks for, right or wrong."""
+        raise NotImplementedError
+
+    def counts(self, reference: Any) -> bool:
+        """Whether the benchmark counts this question at all."""
+        return True
+
+    # --- the released evaluators ---
+
+    def legacy_scores(self, rows: Sequence[Mapping[str, Any]], references: Mapping[str, Any]) -> list[float | None]:
+        """One legacy score per answer row; None where the released evaluator does not count the row.
+
+        Here, as in most of them, every row counts, joined by id; ValueError for an id without reference.
+        """
+        scores: list[float | None] = []
+        for row in rows:
+            question_id = str(row["question_id"])
+            if question_id not in references:
+                raise ValueError(f"{self.name}: answer to unknown question_id {question_id}; wrong split or data?")
+            scores.append(self.legacy(row["text"], references[question_id]))
+        return scores
+
+    def legacy_accuracy(self, scores: Sequence[float | None], references: Mapping[str, Any]) -> float:
+        """Share in [0, 1]: the mean over the answers present."""
+        counted = [score for score in scores if score is not None]
+        return sum(counted) / len(counted) if counted else 0.0
+
+    def legacy_report(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        scores: Sequence[float | None],
+        references: Mapping[str, Any],
+    ) -> dict[str, float]:
+        """The figures the released evaluator prints, rounded as it prints them."""
+        return {
+            "Samples": sum(score is not None for score in scores),
+            "Accuracy": printed(self.legacy_accuracy(scores, references)),
+        }
+
+    # --- the question-only baseline ---
+
+    def best_constant(self, answers: Sequence[str]) -> str:
+        """The one answer to give to all of these: the most frequent, the first seen of equals."""
+        return Counter(answers).most_common(1)[0][0]
+
+
+def last_answers_by_id(
+    task: Task, rows: Sequence[Mapping[str, Any]], references: Mapping[str, Any]
+) -> list[float | None]:
+    """Legacy scores of evaluators that read answers into a dictionary: the last of doubled ids counts,
+    ids without a reference are passed over."""
+    last = {str(row["question_id"]): position for position, row in enumerate(rows)}
+    scores: list[float | None] = []
+    for position, row in enumerate(rows):
+        question_id = str(row["question_id"])
+        reference = references.get(question_id)
+        counted = reference is not None and last[question_id] == position and task.counts(reference)
+        scores.append(task.legacy(row["text"], reference) if counted else None)
+    return scores
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Reference of an open question: the file's single answer, and the ten annotators' where they exist."""
+
+    answer: str
+    annotators: tuple[str, ...] = ()
+
+
+class OpenQuestionTask(Task):
+    """Tasks whose references stand in the question file: `answer`, and optionally `answers`, a list of ten.
+
+    official: VQA consensus with ten answers, else the whole answer compared without regard to case.
+    """
+
+    def load_references(
+        self, data_root: Path | str, instructions: str = "original", split: str = "test"
+    ) -> dict[str, Answer]:
+        path = self.question_file(data_root, instructions, split)
+        references = {}
+        for question_id, record in self.load_questions(data_root, instructions, split).items():
+            where = f"{path}, question_id {question_id}"
+            annotators = annotator_answers(record, where) if "answers" in record else ()
+            references[question_id] = Answer(field(record, "answer", str, where), annotators)
+        return references
+
+    def official(self, text: str, reference: Answer) -> float:
+        if reference.annotators:
+            return consensus(text, reference.annotators)
+        return float(same(text, reference.answer))
+
+    def legacy(self, text: str, reference: Answer) -> float:
+        return float(text.upper() == reference.answer.upper())
+
+    def lenient(self, text: str, reference: Answer) -> float:
+        if reference.annotators:
+            return lenient_consensus(text, reference.annotators)
+        return float(forgiving(text, reference.answer))
+
+
+def annotator_answers(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The ten annotators' answers of a record; ValueError naming the record if there are not ten texts."""
+    answers = field(record, "answers", list, where)
+    if len(answers) != ANNOTATORS or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"{where}: 'answers' must hold {ANNOTATORS} texts; consensus is defined on {ANNOTATORS}")
+    return tuple(answers)

@@ -1,0 +1,116 @@
+"""Grounding: the box of a described region, in fractions of the padded square."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from eval.tasks.base import Task, field
+
+Box = tuple[float, float, float, float]
+
+_NUMBER = r"-?(?:\d+\.?\d*|\.\d+)"
+_BOX = re.compile(r"\s*,\s*".join([f"({_NUMBER})"] * 4))
+_LOOSE_BOX = re.compile(r"(?<![\w.])" + r"[\s,;]+".join([f"({_NUMBER})"] * 4))
+_LONE_NUMBER = re.compile(rf"(?<![\w.]){_NUMBER}")
+IOU_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class Region:
+    """The reference box [x1, y1, x2, y2] as written, and the longer side of the picture in pixels."""
+
+    answer: str
+    side: float = 1.0
+
+
+class Grounding(Task):
+    """Right if the intersection over union with the reference is greater than 0.5."""
+
+    name = "Grounding"
+    max_new_tokens = 1024
+
+    def load_references(
+        self, data_root: Path | str, instructions: str = "original", split: str = "test"
+    ) -> dict[str, Region]:
+        path = self.question_file(data_root, instructions, split)
+        references = {}
+        for question_id, record in self.load_questions(data_root, instructions, split).items():
+            where = f"{path}, question_id {question_id}"
+            answer = field(record, "answer_bbox", str, where)
+            if exact_box(answer) is None:
+                raise ValueError(f"{where}: answer_bbox '{answer}' is not [x1, y1, x2, y2]; correct the record")
+            # The size multiplies both boxes and cancels but for rounding: it may be left out.
+            references[question_id] = Region(answer, max(field(record, "size", list, where)) if "size" in record else 1)
+        return references
+
+    def official(self, text: str, reference: Region) -> float:
+        return overlaps(exact_box(text), exact_box(reference.answer))
+
+    def legacy(self, text: str, reference: Region) -> float:
+        box, right = legacy_box(text), exact_box(reference.answer)
+        return overlaps(box and in_pixels(box, reference), in_pixels(right, reference))
+
+    def lenient(self, text: str, reference: Region) -> float:
+        return overlaps(loose_box(text), exact_box(reference.answer))
+
+    def has_form(self, text: str, reference: Region) -> bool:
+        box = exact_box(text)
+        bracketed = text.strip().startswith("[") and text.strip().endswith("]")
+        return bracketed and box is not None and all(0 <= side <= 1 for side in box)
+
+    def best_constant(self, answers: Sequence[str]) -> str:
+        """The coordinate-wise median box; ValueError for an answer that is no box."""
+        boxes = [exact_box(answer) for answer in answers]
+        if None in boxes:
+            raise ValueError(f"{self.name}: training answer '{answers[boxes.index(None)]}' is not [x1, y1, x2, y2]")
+        return "[" + ", ".join(f"{median(side):.4f}" for side in zip(*boxes, strict=True)) + "]"
+
+
+def exact_box(text: str) -> Box | None:
+    """Four comma-separated numbers and nothing else, in brackets or not; None otherwise."""
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1].strip()
+    found = _BOX.fullmatch(text)
+    return tuple(map(float, found.groups())) if found else None
+
+
+def legacy_box(text: str) -> Box | None:
+    """The released evaluator's reading: brackets removed, and then once more the first and last character,
+    so that the last digit of y2 is lost."""
+    try:
+        sides = tuple(float(side) for side in text.replace("[", "").replace("]", "")[1:-1].split(","))
+    except ValueError:
+        return None
+    return sides if len(sides) == 4 else None
+
+
+def loose_box(text: str) -> Box | None:
+    """The first four numbers in a row anywhere in the text, or four lone numbers in it; None otherwise."""
+    if found := _LOOSE_BOX.search(text):
+        return tuple(map(float, found.groups()))
+    numbers = [float(number) for number in _LONE_NUMBER.findall(text)]
+    return tuple(numbers) if len(numbers) == 4 else None
+
+
+def in_pixels(box: Box, reference: Region) -> Box:
+    """A box in fractions of the padded square, in pixels of the picture."""
+    return tuple(side * reference.side for side in box)
+
+
+def overlaps(box: Box | None, right: Box) -> float:
+    """1.0 if the intersection over union of two boxes (one unit, any) is above 0.5, else 0.0."""
+    return float(box is not None and intersection_over_union(box, right) > IOU_THRESHOLD)
+
+
+def intersection_over_union(a: Box, b: Box) -> float:
+    """IoU of two boxes (x1, y1, x2, y2); 0 where the union is not positive (degenerate boxes)."""
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    intersection = width * height
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
+    return intersection / union if union > 0 else 0.0

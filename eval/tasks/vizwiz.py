@@ -1,0 +1,14 @@
+"""VizWiz: questions of blind people on their own pictures, some unanswerable."""
+
+from __future__ import annotations
+
+from eval.tasks.base import Answer, OpenQuestionTask
+from eval.tasks.words import is_phrase
+
+
+class VizWiz(OpenQuestionTask):
+    name = "VizWiz"
+    eval_file = "val.json"
+
+    def has_form(self, text: str, reference: Answer) -> bool:
+        return is_phrase(text, max_words=3)

@@ -1,0 +1,223 @@
+"""The recipe: five dataclasses, filled from a YAML file, then from the method's own file, then from the command line.
+
+`--help` lists every field with its meaning and default; YAML files hold overrides only.
+"""
+
+from argparse import ArgumentParser
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+DEFAULT_RECIPE = CONFIGS / "coin_mini.yaml"
+
+
+@dataclass
+class ModelConfig:
+    """The base model and what of it is trained."""
+
+    base: str = field(metadata={"help": "folder of a LlavaForConditionalGeneration and its LlavaProcessor"})
+    lora_rank: int = field(default=128, metadata={"help": "rank r of LoRA on every linear of the language model"})
+    lora_alpha: int = field(default=256, metadata={"help": "LoRA scale is alpha / rank"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout before LoRA A"})
+    attention: str = field(
+        default="sdpa", metadata={"help": "attention implementation: sdpa, eager, flash_attention_2"}
+    )
+    dtype: str = field(default="bfloat16", metadata={"help": "dtype of the frozen base; what is trained is float32"})
+    reuse_vision_features: bool = field(
+        default=False,
+        metadata={"help": "compute the frozen vision tower's features once per picture and keep them in memory"},
+    )
+    gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
+
+
+@dataclass
+class StreamConfig:
+    """The benchmark and the order in which its tasks arrive."""
+
+    data_root: str = field(metadata={"help": "folder with cl_dataset/ and Instructions*/ in CoIN's layout"})
+    tasks: list[str] = field(default_factory=list, metadata={"help": "task names in the original order"})
+    order: Literal["original", "reverse", "alphabet"] = field(
+        default="original", metadata={"help": "original, reverse or alphabet"}
+    )
+    instructions: Literal["original", "diverse", "10type"] = field(
+        default="original", metadata={"help": "original, diverse or 10type"}
+    )
+    max_train_samples: int = field(default=0, metadata={"help": "only the first n training records of a task; 0: all"})
+    max_new_tokens: int = field(
+        default=0, metadata={"help": "tokens of an answer at most; 0: the released limits, 128 or 1024"}
+    )
+    max_test_samples: int = field(default=0, metadata={"help": "only the first n questions of a test set; 0: all"})
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation of one stage."""
+
+    epochs: float = field(default=1.0, metadata={"help": "passes over a task's training records"})
+    batch_size: int = field(default=16, metadata={"help": "records per device and micro-batch"})
+    gradient_accumulation: int = field(default=1, metadata={"help": "micro-batches per optimizer step"})
+    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate of LoRA"})
+    projector_learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate of the projector"})
+    schedule: str = field(default="cosine", metadata={"help": "learning-rate schedule, a transformers name"})
+    warmup_ratio: float = field(default=0.03, metadata={"help": "share of a stage's steps with rising learning rate"})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay"})
+    max_grad_norm: float = field(
+        default=0.0,
+        metadata={
+            "help": "gradient clipping before the step and before the method sees the gradient; 0: none, as released"
+        },
+    )
+    loss_normalisation: Literal["local", "global"] = field(
+        default="local",
+        metadata={
+            "help": "local: mean over a micro-batch's supervised tokens, as released; global: over the whole step's"
+        },
+    )
+    max_length: int = field(default=2048, metadata={"help": "tokens of a sample, image placeholders included"})
+    per_task: dict = field(
+        default_factory=dict, metadata={"help": "task name -> overrides of this section's fields (YAML only)"}
+    )
+
+
+@dataclass
+class MethodConfig:
+    """How forgetting is fought."""
+
+    method: str = field(
+        default="llaca",
+        metadata={"help": "a name of --list-methods; configs/methods/NAME.yaml sets its fields"},
+    )
+    grouping: bool = field(
+        default=False, metadata={"help": "share parameters only between tasks with similar instructions"}
+    )
+    similarity_threshold: float = field(
+        default=-1.0,
+        metadata={
+            "help": "a task joins a group from this similarity on; -1: 0.90 for original instructions, 0.30 for others, as released"
+        },
+    )
+    new_group_start: Literal["latest", "fresh"] = field(
+        default="latest",
+        metadata={
+            "help": "a new group starts from the latest trained parameters (Algorithm 1, released scripts) or from fresh ones (the paper's text)"
+        },
+    )
+    average: str = field(default="eq45", metadata={"help": "rule of the balance weight beta, see llaca/ema.py"})
+    average_start: Literal["stage_start", "after_first_step"] = field(
+        default="stage_start",
+        metadata={"help": "theta*_0: the stage's start (the paper) or the weights after the first step (the release)"},
+    )
+    beta: float = field(default=0.99, metadata={"help": "weight of the old average where the rule is 'fixed'"})
+    fallback_beta: float = field(
+        default=0.99, metadata={"help": "weight of the old average where beta falls outside (0, 1)"}
+    )
+    horizon: float = field(
+        default=1.0,
+        metadata={"help": "horizon of the rule 'secant', in stages: its mu is horizon x steps of the stage - 1"},
+    )
+
+
+@dataclass
+class RunConfig:
+    """Where a run goes and what it tells."""
+
+    run: str = field(
+        default="",
+        metadata={"help": "name of the run; empty: made from method, order, instructions and seed"},
+    )
+    runs_dir: str = field(default="runs", metadata={"help": "folder of the run folders"})
+    seed: int = field(default=0, metadata={"help": "the run is a function of its recipe and this number"})
+    report_to: str = field(
+        default="none",
+        metadata={"help": "none, tensorboard or wandb (offline unless WANDB_MODE says otherwise)"},
+    )
+    expected_minutes: float = field(
+        default=0.0,
+        metadata={"help": "minutes that one run takes on the recipe's hardware, told before it starts"},
+    )
+    logging_steps: int = field(default=10, metadata={"help": "optimizer steps between two lines of train_log.jsonl"})
+
+
+SECTIONS = (ModelConfig, StreamConfig, TrainConfig, MethodConfig, RunConfig)
+
+
+@dataclass
+class Recipe:
+    """All that determines a run, together with the versions of the code."""
+
+    model: ModelConfig
+    stream: StreamConfig
+    train: TrainConfig
+    method: MethodConfig
+    run: RunConfig
+
+    def flat(self) -> dict:
+        """Every field by its name, as in a YAML recipe."""
+        return {key: value for section in asdict(self).values() for key, value in section.items()}
+
+    @classmethod
+    def from_flat(cls, values: dict) -> "Recipe":
+        """The inverse of `flat`."""
+        parts = [section(**{f.name: values[f.name] for f in fields(section)}) for section in SECTIONS]
+        return cls(*parts)
+
+    def for_task(self, task: str) -> TrainConfig:
+        """The training section with the task's own overrides."""
+        return TrainConfig(**{**asdict(self.train), **self.train.per_task.get(task, {})})
+
+
+def read_yaml(path: Path) -> dict:
+    """One YAML recipe as {field: value}. Raises ValueError naming the file and the unknown field."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    known = {f.name for section in SECTIONS for f in fields(section)} | {"methods"}
+    unknown = [key for key in content if key not in known]
+    if unknown:
+        raise ValueError(f"{path}: unknown field '{unknown[0]}'; `python -m llaca.train --help` lists the known ones")
+    return content
+
+
+def load_recipe(arguments: list[str]) -> Recipe:
+    """The recipe that a command line asks for.
+
+    `--recipe FILE` (default: CoIN-mini), then the file of `--method` (or of the recipe's method), then, with
+    `--smoke`, configs/smoke.yaml, then the other `--field value` pairs. Raises ValueError for unknown fields or tasks.
+    """
+    parser = HfArgumentParser(SECTIONS, description="Trains one run: a stream of tasks with one method.")
+    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, help="YAML file")
+    parser.add_argument("--smoke", action="store_true", help="a few samples a task: the whole pipeline in minutes")
+    chooser = ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE)
+    chooser.add_argument("--method")
+    chooser.add_argument("--smoke", action="store_true")
+    chosen, _ = chooser.parse_known_args(arguments)
+    values = read_yaml(chosen.recipe)
+    method = chosen.method or values.get("method", MethodConfig.method)
+    own = CONFIGS / "methods" / f"{method}.yaml"
+    if not own.is_file():
+        known = ", ".join(sorted(p.stem for p in own.parent.glob("*.yaml")))
+        raise ValueError(f"method '{method}' is not known; choose one of {known}")
+    # What the recipe says of a method stands above the method's own file: only the recipe knows the model's size.
+    tuned = values.pop("methods", {}).get(method, {})
+    values = {**values, **read_yaml(own), **tuned, "method": method}
+    if chosen.smoke:
+        values.update(read_yaml(CONFIGS / "smoke.yaml"))
+    for action in parser._actions:
+        action.required = action.required and action.dest not in values
+    parser.set_defaults(**values)
+    *sections, _ = parser.parse_args_into_dataclasses(arguments)
+    recipe = Recipe(*sections)
+    if not recipe.run.run:
+        recipe.run.run = run_name(recipe, chosen.smoke)
+    return recipe
+
+
+def run_name(recipe: Recipe, smoke: bool) -> str:
+    """A name that says how the run differs from the recipe's default stream."""
+    parts = [recipe.method.method]
+    parts += ["smoke"] * smoke
+    parts += [p for p in (recipe.stream.order, recipe.stream.instructions) if p != "original"]
+    return "-".join([*parts, f"seed{recipe.run.seed}"])

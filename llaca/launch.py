@@ -1,0 +1,98 @@
+"""What train_continual.sh runs: says what is going to happen and how long it takes, then starts the runs.
+
+Without --method it trains LoRA and LLaCA. On a machine without GPU as many runs as there are cores go side by side,
+one thread each; with a GPU one after the other.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import torch
+
+from llaca.config import Recipe, load_recipe
+
+DEFAULT_METHODS = ("lora", "llaca")
+MINI = Path("data/coin_mini")
+
+
+def commands(arguments: list[str]) -> list[tuple[Recipe, list[str]]]:
+    """One (recipe, command line of llaca.train) a method. With several methods, --run NAME gives NAME-<method>."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method")
+    parser.add_argument("--run")
+    chosen, rest = parser.parse_known_args(arguments)
+    methods = [chosen.method] if chosen.method else list(DEFAULT_METHODS)
+    built = []
+    for method in methods:
+        line = [*rest, "--method", method]
+        if chosen.run:
+            line += ["--run", chosen.run if len(methods) == 1 else f"{chosen.run}-{method}"]
+        built.append((load_recipe(line), line))
+    return built
+
+
+def announce(runs: list[tuple[Recipe, list[str]]], side_by_side: int) -> None:
+    """Says what is going to be trained, where it goes and about how long it takes."""
+    for recipe, _ in runs:
+        stream = recipe.stream
+        print(
+            f"{recipe.run.runs_dir}/{recipe.run.run}: {recipe.method.method} on {len(stream.tasks)} tasks of "
+            f"{stream.data_root}, {stream.order} order, {stream.instructions} instructions, seed {recipe.run.seed}"
+        )
+    minutes = max(recipe.run.expected_minutes for recipe, _ in runs) * -(-len(runs) // side_by_side)
+    if minutes:
+        print(f"About {minutes:g} minutes on the machine that the recipe was written for.", flush=True)
+
+
+def run_all(runs: list[tuple[Recipe, list[str]]], side_by_side: int) -> int:
+    """Runs the commands, at most `side_by_side` at once; returns the first exit status that is not 0.
+
+    A signal ends the children too. When one run fails, those that are under way finish and no other starts.
+    """
+    waiting, active, status = list(runs), {}, 0
+
+    def stop(signum, _):
+        for child in active.values():
+            child.send_signal(signum)
+        sys.exit(128 + signum)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        while active or (waiting and not status):
+            for line in sorted(set(range(side_by_side)) - set(active)):
+                if waiting and not status:
+                    _, command = waiting.pop(0)
+                    environment = {**os.environ, "LLACA_BAR": str(line)}
+                    active[line] = subprocess.Popen([sys.executable, "-m", "llaca.train", *command], env=environment)
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+            for line, child in list(active.items()):
+                if child.poll() is not None:
+                    status = status or active.pop(line).returncode
+                    active.pop(line, None)
+    except KeyboardInterrupt:
+        for child in active.values():
+            child.wait()
+        return 130
+    return status
+
+
+def main() -> None:
+    """Command line: that of llaca.train, where --method may be left out."""
+    arguments = sys.argv[1:]
+    if {"-h", "--help", "--list-methods"} & set(arguments):
+        sys.exit(subprocess.call([sys.executable, "-m", "llaca.train", *arguments]))
+    runs = commands(arguments)
+    threads = int(os.environ.get("OMP_NUM_THREADS", 1))
+    side_by_side = 1 if torch.cuda.is_available() else max(1, min(len(runs), (os.cpu_count() or 1) // threads))
+    announce(runs, side_by_side)
+    if any(Path(recipe.stream.data_root) == MINI for recipe, _ in runs):
+        subprocess.run([sys.executable, "-m", "data.mini.build"], check=True)
+    sys.exit(run_all(runs, side_by_side))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The pool of parameter sets: which stage's parameters a task starts from, and which a test set is answered with.
+
+A parameter set is named by the stage whose folder holds it. With grouping, tasks of similar instructions share one set
+(llaca/grouping.py); without, there is one set and every stage continues it.
+"""
+
+from dataclasses import dataclass, field
+
+from llaca.grouping import Codebook
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where a stage starts. `group` is None for a new one; `start` is a stage's name, None for fresh parameters;
+    `scores` holds the similarity to every group that there was."""
+
+    group: int | None
+    start: str | None
+    scores: list[float]
+
+    @property
+    def matched(self) -> bool:
+        return self.group is not None
+
+
+@dataclass
+class Pool:
+    """`holders[g]` is the stage that holds group g's parameters, `members[g]` the tasks trained into it."""
+
+    grouping: bool
+    threshold: float
+    new_group_start: str = "latest"
+    codebook: Codebook = field(default_factory=Codebook)
+    holders: list[str] = field(default_factory=list)
+    members: list[list[str]] = field(default_factory=list)
+    latest: str | None = None
+
+    def choose(self, instructions: list[str]) -> Choice:
+        """Where a task with these instructions starts (Algorithm 1)."""
+        if not self.holders:
+            return Choice(None, None, [])
+        if not self.grouping:
+            return Choice(0, self.holders[0], [])
+        group, scores = self.codebook.match(instructions, self.threshold)
+        if group is not None:
+            return Choice(group, self.holders[group], scores)
+        return Choice(None, self.latest if self.new_group_start == "latest" else None, scores)
+
+    def put(self, choice: Choice, instructions: list[str], task: str, stage: str) -> None:
+        """Records that `stage` has trained `task` from `choice`; its parameters replace the group's."""
+        self.codebook.add(choice.group, instructions)
+        if choice.matched:
+            self.holders[choice.group] = stage
+            self.members[choice.group].append(task)
+        else:
+            self.holders.append(stage)
+            self.members.append([task])
+        self.latest = stage
+
+    def holder_for(self, instructions: list[str]) -> tuple[str, float | None]:
+        """(stage whose parameters answer a test set with these instructions, its similarity): the most similar group."""
+        if not self.grouping or len(self.holders) == 1:
+            return self.holders[0], None
+        group, score = self.codebook.nearest(instructions)
+        return self.holders[group], score
+
+    def to_json(self) -> dict:
+        """All of it, for codebook.json."""
+        return {
+            "grouping": self.grouping,
+            "threshold": self.threshold,
+            "new_group_start": self.new_group_start,
+            "holders": self.holders,
+            "members": self.members,
+            "latest": self.latest,
+            "codebook": self.codebook.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, content: dict) -> "Pool":
+        """The inverse of `to_json`."""
+        return cls(**{**content, "codebook": Codebook.from_json(content["codebook"])})

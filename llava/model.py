@@ -1,0 +1,177 @@
+"""A LLaVA model and its processor: loaded from a folder, given LoRA adapters, saved and restored.
+
+What trains is LoRA on every linear layer of the language model's blocks plus the whole projector, in one PEFT folder.
+PEFT is imported where it is needed: it brings bitsandbytes along, which nothing else here asks for.
+"""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers.utils import logging
+
+from llava.conversation import END, IMAGE
+
+LORA_TARGETS = r"(.*\.)?language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+PROJECTOR = ("linear_1", "linear_2")
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def load_base(
+    path: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "eager"
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Return model and processor of a `save_pretrained` folder; pictures are padded to squares, as LLaVA-1.5's are.
+
+    Raises FileNotFoundError or ValueError naming the folder if it is not such a folder or does not fit together.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} has no config.json; give the folder of a Llava model saved by transformers")
+    if "mm_projector_type" in json.loads((path / "config.json").read_text()):
+        raise ValueError(f"{path} has the original LLaVA layout; convert it with llava.checkpoint first")
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, report = LlavaForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    faults = {name: sorted(map(str, report[name])) for name in report if report[name]}
+    if faults:
+        raise ValueError(f"the weights in {path} do not fit its config.json: {faults}")
+    processor = LlavaProcessor.from_pretrained(path, backend="pil")
+    processor.image_processor.do_pad = True
+    _check_processor(path, model.config, processor)
+    return model, processor
+
+
+def image_tokens(config) -> int:
+    """Return how many tokens one picture takes in the language model's sequence."""
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return patches + (config.vision_feature_select_strategy == "full")
+
+
+def attach_lora(model: LlavaForConditionalGeneration, r: int, alpha: float, dropout: float) -> nn.Module:
+    """Return `model` with fresh LoRA adapters and a trainable copy of the projector; both train in float32.
+
+    Draws from torch's global generator: seed it before. Raises ValueError if anything else would train.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, modules_to_save=list(PROJECTOR)
+    )
+    model = get_peft_model(model, config)
+    for parameter in trainable_parameters(model).values():
+        parameter.data = parameter.data.float()
+    _check_trainables(model)
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what trains, by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def is_projector(name: str) -> bool:
+    """Tell whether a parameter name, of the runtime or of an adapter file, belongs to the projector."""
+    return "multi_modal_projector." in name
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of what trains, by parameter name."""
+    return {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+
+
+def set_adapter_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put a state of `adapter_state` back, in place. Raises ValueError listing names or shapes that do not match."""
+    parameters = trainable_parameters(model)
+    _check_same("the adapter state", parameters, state)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Write LoRA and projector as one PEFT folder, then read it back. Raises ValueError if it holds no usable adapter.
+
+    The same weights give the same bytes: nothing in the folder depends on the time or the machine.
+    """
+    from peft import get_peft_model_state_dict
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(folder)
+
+    saved = load_file(folder / WEIGHTS)
+    _check_same(f"{folder / WEIGHTS}", state, saved)
+    broken = [name for name, tensor in saved.items() if not tensor.numel() or not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"{folder / WEIGHTS} holds empty or non-finite tensors: {broken}")
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Load a folder of `save_adapter` into an attached model.
+
+    Raises ValueError if rank or alpha differ, or listing the missing and unexpected keys and the differing shapes.
+    """
+    from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+    folder, config = Path(folder), model.peft_config["default"]
+    saved_config = LoraConfig.from_pretrained(folder)
+    for key in ("r", "lora_alpha"):
+        ours, theirs = getattr(config, key), getattr(saved_config, key)
+        if ours != theirs:
+            raise ValueError(f"{folder / CONFIG} has {key} {theirs}, the model {ours}; attach LoRA with the same value")
+    saved = load_file(folder / WEIGHTS)
+    _check_same(f"{folder / WEIGHTS}", get_peft_model_state_dict(model, save_embedding_layers=False), saved)
+    set_peft_model_state_dict(model, saved)
+
+
+def _check_same(source: str, wanted: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> None:
+    faults = {
+        "missing": sorted(wanted.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - wanted.keys()),
+        "shape": sorted(name for name in wanted.keys() & given.keys() if wanted[name].shape != given[name].shape),
+    }
+    if any(faults.values()):
+        raise ValueError(
+            f"{source} does not fit the model: { {kind: names for kind, names in faults.items() if names} }"
+        )
+
+
+def _check_processor(path: Path, config, processor: LlavaProcessor) -> None:
+    tokenizer = processor.tokenizer
+    if tokenizer.convert_tokens_to_ids(IMAGE) != config.image_token_id:
+        raise ValueError(
+            f"{path}: {IMAGE} is not the tokenizer's token {config.image_token_id}, which config.json names"
+        )
+    if tokenizer.eos_token != END:
+        raise ValueError(f"{path}: turns end in {END} but the tokenizer's end of text is {tokenizer.eos_token!r}")
+    if tokenizer.pad_token_id in (None, config.image_token_id):
+        raise ValueError(f"{path}: the tokenizer needs a pad token of its own; set pad_token in its config")
+    size, crop = config.vision_config.image_size, processor.image_processor.crop_size
+    if (crop["height"], crop["width"]) != (size, size):
+        raise ValueError(f"{path}: the image processor makes {crop}, the vision tower takes {size} x {size} pixels")
+
+
+def _check_trainables(model: nn.Module) -> None:
+    lora = re.compile(r".*\.language_model\..*\.lora_[AB]\.default\.weight")
+    projector = re.compile(r".*\.multi_modal_projector\.(linear_1|linear_2)\.modules_to_save\.default\.(weight|bias)")
+    names = list(trainable_parameters(model))
+    stray = [name for name in names if not lora.fullmatch(name) and not projector.fullmatch(name)]
+    if stray or not any(map(lora.fullmatch, names)) or not any(map(projector.fullmatch, names)):
+        raise ValueError(f"LoRA on the language model and the projector should train, and nothing else; stray: {stray}")

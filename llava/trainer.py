@@ -1,0 +1,194 @@
+"""Training: transformers' Trainer with LLaVA's batches, two learning rates, a stated loss normalisation and step hooks.
+
+The hooks are how a continual-learning method takes part: a term added to the loss, and the gradients and weights on
+either side of an optimizer step.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import ParallelMode
+
+from llava.conversation import IGNORE
+from llava.dataset import Collator, InstructionDataset
+from llava.model import is_projector, trainable_parameters
+from llava.sampler import ModalityLengthSampler
+
+NORMALISATIONS = ("local", "global")
+SETTINGS = {
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "report_to": "none",
+    # A loss that is not a number must be seen in the log, and looking for one would wait for the device at every step.
+    "logging_nan_inf_filter": False,
+    "remove_unused_columns": False,
+    "dataloader_pin_memory": False,
+}
+
+Parameters = dict[str, nn.Parameter]
+
+
+def training_arguments(output_dir: str | Path, **settings) -> TrainingArguments:
+    """Return TrainingArguments with this project's defaults (`SETTINGS`) under the given settings."""
+    return TrainingArguments(output_dir=str(output_dir), **{**SETTINGS, **settings})
+
+
+class StepHooks:
+    """What a method may do during training; every hook does nothing unless overridden."""
+
+    def loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], outputs) -> torch.Tensor | None:
+        """Return a term to add to the loss of one micro-batch.
+
+        `inputs` is the batch as the collator made it; `outputs.logits` is `[supervised tokens, vocabulary]`, the rows
+        in the order of the supervised labels.
+        """
+        return None
+
+    def before_step(self, parameters: Parameters) -> None:
+        """Called once per optimizer step, with final gradients (accumulated, clipped if configured), before it."""
+
+    def after_step(self, parameters: Parameters) -> None:
+        """Called directly after the optimizer step, with the same gradients still in place."""
+
+
+class LlavaTrainer(Trainer):
+    """Trains what `attach_lora` made trainable.
+
+    `projector_lr` is the projector's learning rate, None for that of the rest. `normalisation` says what a gradient is
+    the mean over: "local" averages over the supervised tokens of each micro-batch and then over micro-batches and
+    devices alike (transformers 4.31, the released code), "global" over all supervised tokens of the step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        dataset: InstructionDataset,
+        pad_id: int,
+        projector_lr: float | None = None,
+        normalisation: str = "local",
+        hooks: StepHooks | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
+        if normalisation not in NORMALISATIONS:
+            raise ValueError(f"loss normalisation is {normalisation!r}; it must be one of {NORMALISATIONS}")
+        self.projector_lr, self.normalisation, self.hooks = projector_lr, normalisation, hooks or StepHooks()
+        super().__init__(model, args, Collator(pad_id), dataset, callbacks=list(callbacks))
+        self.loss_is_scaled_for_ga = normalisation == "global"
+        self.image_id = model.config.image_token_id
+        if hooks is not None:
+            self._check_engine()
+            self.add_callback(_HookCallback(hooks, trainable_parameters(model)))
+
+    def _check_engine(self) -> None:
+        """The seam for other engines: hooks read `p.grad`, which only a single process shows reduced and in place."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.parallel_mode == ParallelMode.DISTRIBUTED:
+            raise NotImplementedError(
+                "step hooks read gradients of a single process; DeepSpeed, FSDP and DDP keep theirs elsewhere or move "
+                "the weights before the hooks are called. Start one process, or train with method lora"
+            )
+        if self.args.n_gpu > 1:
+            raise NotImplementedError("step hooks need one device; set CUDA_VISIBLE_DEVICES to one of them")
+
+    def _get_train_sampler(self, train_dataset=None) -> ModalityLengthSampler:
+        lengths = self.train_dataset.modality_lengths
+        batches = self.args.world_size * self.args.gradient_accumulation_steps
+        return ModalityLengthSampler(lengths, self._train_batch_size, batches, self.args.seed)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Build the configured optimizer over four groups: (rest, projector) x (decayed, not decayed)."""
+        if self.optimizer is None:
+            model = model or self.model
+            decayed = set(self.get_decay_parameter_names(model))
+            projector_lr = self.args.learning_rate if self.projector_lr is None else self.projector_lr
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            for name, parameter in trainable_parameters(model).items():
+                groups.setdefault((is_projector(name), name in decayed), []).append(parameter)
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": groups[projector, decay],
+                        "lr": projector_lr if projector else self.args.learning_rate,
+                        "weight_decay": self.args.weight_decay if decay else 0.0,
+                    }
+                    for projector, decay in sorted(groups)
+                ],
+                **settings,
+            )
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the loss of one micro-batch; logits are computed for the supervised positions alone."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        outputs, targets = supervised_logits(model, inputs, labels)
+        loss = token_loss(outputs.logits, targets, self.image_id)
+        if self.normalisation == "local":
+            loss = loss / len(targets)
+        else:
+            devices = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss * devices / num_items_in_batch
+        if "pixel_values" not in inputs:
+            loss = loss + _no_gradient(model)
+        extra = self.hooks.loss(model, {**inputs, "labels": labels}, outputs)
+        if extra is not None:
+            loss = loss + extra
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs) -> int:
+        """Zero: nobody reads the estimate, and the stock one walks through all modules at every step."""
+        return 0
+
+
+def supervised_logits(model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor):
+    """Run `model` and return its outputs and targets for the positions that predict a supervised token.
+
+    `labels` is `[batch, length]`; `outputs.logits` is `[tokens, vocabulary]` and the targets are `[tokens]`.
+    """
+    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    supervised = targets != IGNORE
+    outputs = model(**inputs, logits_to_keep=supervised, use_cache=False)
+    return outputs, targets[supervised]
+
+
+def token_loss(logits: torch.Tensor, targets: torch.Tensor, image_id: int) -> torch.Tensor:
+    """Return the summed cross entropy of `[tokens, vocabulary]` logits, in float32.
+
+    The picture's placeholder is no word a model could say: it stays out of the distribution, as in the original, whose
+    vocabulary does not have it.
+    """
+    column = torch.tensor([image_id], device=logits.device)
+    return functional.cross_entropy(logits.float().index_fill(1, column, -torch.inf), targets, reduction="sum")
+
+
+class _HookCallback(TrainerCallback):
+    """Calls the hooks on either side of the optimizer step, after checking that there is a gradient to see."""
+
+    def __init__(self, hooks: StepHooks, parameters: Parameters):
+        self.hooks, self.parameters = hooks, parameters
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        missing = [name for name, parameter in self.parameters.items() if parameter.grad is None]
+        if missing:
+            raise RuntimeError(f"no gradient before the optimizer step for {missing}; this engine hides it from hooks")
+        self.hooks.before_step(self.parameters)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.hooks.after_step(self.parameters)
+
+
+def _no_gradient(model: nn.Module) -> torch.Tensor:
+    """Return a zero that depends on the projector.
+
+    A batch without pictures leaves the projector out of the graph. The original sends an empty picture through it, so
+    its gradient is zero rather than absent, and the optimizer's moments keep decaying: so they do here.
+    """
+    return sum(parameter.sum() * 0.0 for name, parameter in trainable_parameters(model).items() if is_projector(name))

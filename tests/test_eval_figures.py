@@ -1,0 +1,69 @@
+"""The figures: that they show the right numbers, clip nothing, and come out the same every time."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval import figures
+
+TASKS = ["ScienceQA", "TextVQA", "ImageNet"]
+NAN = float("nan")
+LORA = np.array([[80, NAN, NAN], [40, 60, NAN], [10, 20, 70]], dtype=float)
+ZERO_SHOT = np.array([[5.0, 6.0, 7.0]])
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures as they are saved."""
+    saved = []
+    save = figures.save
+    monkeypatch.setattr(figures, "save", lambda figure, path: (saved.append(figure), save(figure, path)))
+    return saved
+
+
+def test_heatmap_writes_every_cell_once(tmp_path, drawn):
+    figures.accuracy_heatmap(LORA, TASKS, "LoRA", tmp_path / "a.png")
+    axes = drawn[0].axes[0]
+    written = sorted(float(text.get_text()) for text in axes.texts)
+    assert written == [10, 20, 40, 60, 70, 80]
+    assert [label.get_text() for label in axes.get_xticklabels()] == TASKS
+    assert [label.get_text() for label in axes.get_yticklabels()] == TASKS
+
+
+def test_heatmap_of_a_single_row(tmp_path, drawn):
+    figures.accuracy_heatmap(ZERO_SHOT, TASKS, "Zero-shot", tmp_path / "a.png")
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["5.0", "6.0", "7.0"]
+
+
+def test_lines_run_from_the_tasks_own_stage(tmp_path, drawn):
+    runs = {"LoRA": (LORA, TASKS), "Zero-shot": (ZERO_SHOT, TASKS)}
+    figures.accuracy_over_stages(runs, tmp_path / "a.png")
+    panels = drawn[0].axes
+    assert [axes.get_title() for axes in panels] == ["1. ScienceQA", "2. TextVQA", "3. ImageNet"]
+    lines = [axes.get_lines()[0].get_xydata().tolist() for axes in panels]
+    assert lines == [[[1, 80], [2, 40], [3, 10]], [[2, 60], [3, 20]], [[3, 70]]]
+    assert [axes.get_lines()[1].get_ydata()[0] for axes in panels] == [5, 6, 7]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["LoRA", "Zero-shot"]
+
+
+def test_runs_with_other_orders_are_not_drawn_together(tmp_path):
+    runs = {"one": (LORA, TASKS), "two": (LORA, TASKS[::-1])}
+    with pytest.raises(ValueError, match="'two'"):
+        figures.accuracy_over_stages(runs, tmp_path / "a.png")
+
+
+def test_seeds_and_their_mean(tmp_path, drawn):
+    points = {"LoRA": np.array([[30.0, 40.0], [34.0, 44.0]]), "LLaCA": (60.0, 5.0)}
+    figures.average_vs_forgetting(points, tmp_path / "a.png")
+    marks = [collection.get_offsets().tolist() for collection in drawn[0].axes[0].collections]
+    assert marks == [[[40, 30], [44, 34]], [[42, 32]], [[5, 60]]]
+
+
+def test_nothing_reaches_over_the_edge_and_bytes_repeat(tmp_path):
+    runs = {f"a method with a rather long name {i}": (LORA, TASKS) for i in range(7)}
+    for name in ("a.png", "b.png"):
+        figures.accuracy_over_stages(runs, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    assert (border == 255).all()

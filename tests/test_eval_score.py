@@ -1,0 +1,249 @@
+"""Scoring of answer files against the figures of the released evaluators and against brute force."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval.score import legacy_accuracy, main, majority_answers, majority_baseline, read_answers, score_task
+from eval.tasks import TASKS
+from eval.tasks.scienceqa import legacy_option
+
+GOLDEN = Path(__file__).parent / "golden" / "scores"
+EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
+
+
+def answers(task):
+    return read_answers(GOLDEN / "answers" / f"{task}.jsonl")
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+# --- legacy: the released evaluators' figures ---
+
+
+@pytest.mark.parametrize("task", [task for task in EXPECTED if task != "ScienceQA"])
+def test_legacy_prints_what_the_released_evaluators_print(task):
+    report = score_task(task, answers(task), GOLDEN).legacy_report
+    figures = dict(line.split(": ") for line in EXPECTED[task]["printed"] if ": " in line)
+    assert set(report) == set(figures)
+    for name, printed in figures.items():
+        number = printed.split()[0]
+        decimals = 0 if name == "Samples" else 2
+        assert f"{report[name]:.{decimals}f}" == number.rstrip("%"), name
+
+
+def test_legacy_scienceqa_per_question():
+    score = score_task("ScienceQA", answers("ScienceQA"), GOLDEN)
+    assert score.legacy_report == {
+        "Samples": EXPECTED["ScienceQA"]["count"],
+        "Accuracy": EXPECTED["ScienceQA"]["accuracy"],
+    }
+    problems = TASKS["ScienceQA"].load_references(GOLDEN)
+    texts = {row["question_id"]: row["text"] for row in answers("ScienceQA")}
+    chosen = {pid: legacy_option(texts[pid], problems[pid]) if pid in texts else -1 for pid in problems}
+    assert chosen == EXPECTED["ScienceQA"]["predicted_index"]
+    for pid, index in chosen.items():
+        assert score.per_question[pid]["legacy"] == (index == problems[pid].answer)
+
+
+def test_legacy_textvqa_per_question():
+    score = score_task("TextVQA", answers("TextVQA"), GOLDEN)
+    assert {key: scores["legacy"] for key, scores in score.per_question.items()} == EXPECTED["TextVQA"]["per_question"]
+
+
+def test_command_line_legacy_figures(capsys):
+    main(["--data", str(GOLDEN), "--answers", str(GOLDEN / "answers"), "--scoring", "legacy"])
+    printed = json.loads(capsys.readouterr().out)
+    assert list(printed) == list(TASKS)
+    for task, accuracy in printed.items():
+        lines = EXPECTED[task].get("printed", [f"Accuracy: {EXPECTED[task].get('accuracy', 0):.2f}%"])
+        assert f"Accuracy: {accuracy:.2f}%" in lines
+
+
+def test_legacy_imagenet_goes_by_position_official_by_id():
+    rows = answers("ImageNet")
+    turned = rows[1:] + rows[:1]
+    straight, shifted = (score_task("ImageNet", some, GOLDEN).accuracy for some in (rows, turned))
+    assert straight["official"] == shifted["official"]
+    right = [record["answer"] for record in json.loads((GOLDEN / "Instructions/ImageNet/test.json").read_text())]
+    by_position = [b in a["text"] or a["text"] in b for a, b in zip(turned, right, strict=True)]
+    assert shifted["legacy"] == pytest.approx(100 * sum(by_position) / 80)
+    assert shifted["legacy"] < straight["legacy"]
+
+
+# --- official: by id, over all questions ---
+
+
+@pytest.mark.parametrize(("task", "file"), [("VizWiz", "val"), ("VQAv2", "val"), ("OCR-VQA", "test")])
+def test_official_counts_missing_answers_as_wrong(task, file):
+    questions = json.loads((GOLDEN / "Instructions" / task / f"{file}.json").read_text())
+    given = {row["question_id"]: row["text"].strip().lower() for row in answers(task)}
+    right = sum(given.get(record["question_id"]) == record["answer"].strip().lower() for record in questions)
+    score = score_task(task, answers(task), GOLDEN)
+    assert score.accuracy["official"] == pytest.approx(100 * right / len(questions))
+    assert (score.n, score.missing) == (80, 5)
+    missing = next(key for key in score.per_question if key not in given)
+    assert score.per_question[missing] == {"official": 0, "legacy": None, "lenient": 0}
+
+
+def test_gqa_counts_balanced_questions_only():
+    questions = json.loads((GOLDEN / "cl_dataset/GQA/testdev_balanced_questions.json").read_text())
+    balanced = {key: record["answer"] for key, record in questions.items() if record["isBalanced"]}
+    given = {row["question_id"]: row["text"].rstrip(".").lower() for row in answers("GQA")}
+    right = sum(given.get(key) == answer.rstrip(".").lower() for key, answer in balanced.items())
+    score = score_task("GQA", answers("GQA"), GOLDEN)
+    assert set(score.per_question) == set(balanced)
+    assert score.accuracy["official"] == pytest.approx(100 * right / len(balanced))
+    assert score.missing == len(set(balanced) - set(given))
+
+
+def test_accuracies_are_the_means_of_the_questions():
+    for task in TASKS:
+        score = score_task(task, answers(task), GOLDEN)
+        for mode, accuracy in score.accuracy.items():
+            counted = [scores[mode] for scores in score.per_question.values() if scores[mode] is not None]
+            assert accuracy == pytest.approx(100 * np.mean(counted)), (task, mode)
+
+
+def test_format_rate_is_over_all_questions():
+    score = score_task("ScienceQA", answers("ScienceQA"), GOLDEN)
+    problems = json.loads((GOLDEN / "cl_dataset/ScienceQA/problems.json").read_text())
+    letters = [
+        row["text"] in list("ABCDE"[: len(problems[row["question_id"]]["choices"])]) for row in answers("ScienceQA")
+    ]
+    assert score.format_rate == pytest.approx(100 * sum(letters) / 80)
+
+
+def test_number_and_text_ids_are_the_same():
+    rows = [{**row, "question_id": str(row["question_id"])} for row in answers("TextVQA")]
+    assert score_task("TextVQA", rows, GOLDEN) == score_task("TextVQA", answers("TextVQA"), GOLDEN)
+
+
+# --- wrong input ---
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_doubled_and_unknown_ids_are_errors(task):
+    rows = answers(task)
+    with pytest.raises(ValueError, match=f"{task}: question_id {rows[3]['question_id']} is answered 2 times"):
+        score_task(task, [*rows[:-1], rows[3]], GOLDEN)
+    with pytest.raises(ValueError, match=f"{task}: answer to unknown question_id nobody"):
+        score_task(task, [*rows[:-1], {"question_id": "nobody", "text": ""}], GOLDEN)
+
+
+def test_legacy_treats_odd_ids_as_the_released_evaluators_do():
+    stranger = {"question_id": "nobody", "text": "A"}
+    # Read into a dictionary: strangers are passed over, the last of doubled answers counts.
+    rows = answers("ScienceQA")
+    wrong_first = [{**rows[0], "text": "no letter"}, stranger, *rows]
+    assert legacy_accuracy("ScienceQA", wrong_first, GOLDEN) == EXPECTED["ScienceQA"]["accuracy"]
+    # By position: ids do not matter at all.
+    nameless = [{**row, "question_id": "nobody"} for row in answers("ImageNet")]
+    assert f"Accuracy: {legacy_accuracy('ImageNet', nameless, GOLDEN):.2f}%" in EXPECTED["ImageNet"]["printed"]
+    # Looked up row by row: a stranger stops them.
+    with pytest.raises(ValueError, match="unknown question_id nobody"):
+        legacy_accuracy("VizWiz", [stranger], GOLDEN)
+
+
+def test_no_answers_is_an_error():
+    with pytest.raises(ValueError, match="VizWiz: no answers"):
+        score_task("VizWiz", [], GOLDEN)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("VizWiz.jsonl", '{"question_id": "VizWiz-0", "text": "x"}\n{"question', "line 2: not valid JSON"),
+        ("VizWiz.jsonl", '{"question_id": "VizWiz-0"}\n', "line 1: 'text'"),
+        ("VisWiz.jsonl", "", "task 'VisWiz' is not known"),
+        ("readme.txt", "", "no <Task>.jsonl"),
+    ],
+)
+def test_broken_answer_folders_end_with_a_message(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        main(["--data", str(GOLDEN), "--answers", str(tmp_path)])
+
+
+def test_answers_may_hold_any_character(tmp_path):
+    row = {"question_id": "VizWiz-0", "text": "one\u2028two\x85three"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_answers(tmp_path / "a.jsonl") == [row]
+
+
+def test_coin_spelling_of_ocrvqa(tmp_path, capsys):
+    shutil.copytree(GOLDEN / "Instructions/OCR-VQA", tmp_path / "Instructions/OCRVQA")
+    shutil.copy(GOLDEN / "answers/OCR-VQA.jsonl", tmp_path / "OCRVQA.jsonl")
+    main(["--data", str(tmp_path), "--answers", str(tmp_path), "--scoring", "legacy"])
+    assert json.loads(capsys.readouterr().out) == {"OCR-VQA": 46.67}
+
+
+# --- the question-only baseline ---
+
+
+def turns(*pairs):
+    """One training record from (question, answer) pairs."""
+    speech = [(who, said) for pair in pairs for who, said in zip(("human", "gpt"), pair, strict=True)]
+    return {"id": "x", "conversations": [{"from": who, "value": said} for who, said in speech]}
+
+
+def test_majority_against_brute_force(tmp_path):
+    generator = np.random.default_rng(0)
+    questions, words = [f"what is it {i}?" for i in range(8)], ["red", "blue", "green", "two"]
+    seen = [(str(generator.choice(questions[:6])), str(generator.choice(words))) for _ in range(90)]
+    records = [
+        turns((f"<image>\n{q1}", a1), (q2, a2)) for (q1, a1), (q2, a2) in zip(seen[::2], seen[1::2], strict=True)
+    ]
+    test = [
+        {
+            "question_id": str(i),
+            "text": str(generator.choice(questions)),
+            "answer": str(generator.choice(words)),
+        }
+        for i in range(60)
+    ]
+    write(tmp_path / "Instructions/VQAv2/train.json", records)
+    write(tmp_path / "Instructions/VQAv2/val.json", test)
+
+    right = 0
+    for record in test:
+        same = [answer for question, answer in seen if question == record["text"]]
+        pool = same or [answer for _, answer in seen]
+        best = max(Counter(pool).values())
+        right += next(answer for answer in pool if pool.count(answer) == best) == record["answer"]
+    assert 0 < right < 60
+    assert majority_baseline("VQAv2", tmp_path) == pytest.approx(100 * right / 60)
+
+
+def test_majority_box_is_the_median(tmp_path):
+    boxes = [[0.1, 0.2, 0.5, 0.6], [0.3, 0.1, 0.9, 0.7], [0.2, 0.2, 0.8, 0.9], [0.0, 0.0, 0.1, 0.1]]
+    texts = ["the cat", "the cat", "the cat", "the dog"]
+    pairs = zip(texts, boxes, strict=True)
+    write(
+        tmp_path / "Instructions/Grounding/train.json",
+        [turns((f"<image>\n{q}", str(box))) for q, box in pairs],
+    )
+    questions = [{"question_id": q, "text": q, "answer_bbox": "[0, 0, 1, 1]"} for q in ("the cat", "the cow")]
+    write(tmp_path / "Instructions/Grounding/test.json", questions)
+    given = [json.loads(row["text"]) for row in majority_answers("Grounding", tmp_path)]
+    np.testing.assert_allclose(given, [np.median(boxes[:3], axis=0), np.median(boxes, axis=0)], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"id": "x"}, r"train\.json, record 0: 'conversations'"),
+        ({"conversations": [{"from": "gpt", "value": "x"}]}, r"train\.json, record 0: turns must alternate"),
+    ],
+)
+def test_broken_training_records_are_named(tmp_path, record, message):
+    write(tmp_path / "Instructions/VQAv2/train.json", [record])
+    with pytest.raises(ValueError, match=message):
+        majority_baseline("VQAv2", tmp_path)

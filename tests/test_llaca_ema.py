@@ -1,0 +1,424 @@
+"""The dynamic average against the released code's trace, the printed formulas, and its own invariances."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llaca.ema import ALIASES, VARIANTS, DynamicAverage
+
+GOLDEN = Path(__file__).parent / "golden" / "ema_release"
+NAMES = ["layers.0.lora_A", "layers.0.lora_B", "projector.bias", "scale"]
+SHAPES = [(4, 8), (6, 5), (7,), (1,)]
+STEPS = 20
+
+
+def walk(seed=0, steps=STEPS, dtype=torch.float32, loss_scale=1.0, units=1.0):
+    """A noisy descent on a quadratic: theta and gradients, both [steps + 1][n]; gradients[0] is not used."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw():
+        return [torch.randn(s, generator=rng, dtype=torch.float64) for s in SHAPES]
+
+    thetas, gradients, target = [draw()], [[torch.zeros(s) for s in SHAPES]], draw()
+    for _ in range(steps):
+        noise = draw()
+        gradients.append([0.5 * (p - q) + 0.3 * e for p, q, e in zip(thetas[-1], target, noise, strict=True)])
+        thetas.append([p - 0.05 * g for p, g in zip(thetas[-1], gradients[-1], strict=True)])
+    return (
+        [[(p * units).to(dtype) for p in row] for row in thetas],
+        [[(g * loss_scale / units).to(dtype) for g in row] for row in gradients],
+    )
+
+
+def run(thetas, gradients, variant, steps=None, names=NAMES, **settings):
+    average = DynamicAverage(names, thetas[0], variant, **settings)
+    for t in steps or range(1, len(thetas)):
+        average.step(thetas[t], gradients[t])
+    return average
+
+
+def formula(variant, *, g, gap, lag, move, change, slope, mean_slope, scale, constant=None, beta=0.99, mu_rel=99):
+    """Every beta as printed, of one tensor, float64."""
+
+    def size(x):
+        return x.abs().sum()
+
+    release = (1 + size(g)) / size(gap) / size(change)
+    return {
+        "eq14_norm": (1 + size(g)) * size(move) / size(gap) / size(change),
+        "eq14_norm_ones": size(g + 1) * size(move) / size(gap) / size(change),
+        "eq14_elem": size((g + 1) * move / (gap * change)),
+        "eq45_norm": 1 - size(lag) * (1 + size(g)) / size(gap) / size(change),
+        "eq45_norm_ones": 1 - size(lag) * size(g + 1) / size(gap) / size(change),
+        "eq45_elem": 1 - size(lag * (g + 1) / (gap * change)),
+        "lcia_release": 1 - (constant or 2.0) * release,
+        "next_release": 1 - (constant or 0.01) * release,
+        "fixed": torch.tensor(beta),
+        "secant": ((slope + mu_rel * scale) / (slope - mean_slope + mu_rel * scale)).clip(0, 1),
+    }[variant]
+
+
+def oracle(variant, thetas, gradients, k, **options):
+    """Tensor k step by step in float64: raw beta, weight used [steps] and theta* after the last step."""
+    fallback = 0.999 if variant == "next_release" else 0.99
+    star, old_g, gbar, beta, slopes = thetas[0][k].double(), gradients[1][k].double(), 0.0, 0.0, 0.0
+    raws, betas = [], []
+    for t in range(1, len(thetas)):
+        theta, old, g = thetas[t][k].double(), thetas[t - 1][k].double(), gradients[t][k].double()
+        gbar = beta * gbar + (1 - beta) * g
+        s, m = (g * (old - star)).sum(), (gbar * (old - star)).sum()
+        slopes = 0.9 * slopes + 0.1 * torch.stack([s, m, (s - m).abs()])
+        raw = formula(
+            variant,
+            g=g,
+            gap=theta - star,
+            lag=old - star,
+            move=theta - old,
+            change=g - old_g,
+            **dict(zip(("slope", "mean_slope", "scale"), slopes, strict=True)),
+            **options,
+        ).item()
+        beta = raw if (0 < raw < 1 or (variant == "secant" and 0 <= raw <= 1)) else fallback
+        if t == 1 and variant.endswith("_release"):
+            beta = 0.0
+        star, old_g = beta * star + (1 - beta) * theta, g
+        raws.append(raw)
+        betas.append(beta)
+    return np.array(raws), np.array(betas), star
+
+
+@pytest.mark.parametrize("settings", [{}, {"start": "after_first_step"}])
+def test_released_trace(settings):
+    tensors, expected = (
+        load_file(GOLDEN / "trace.safetensors"),
+        json.loads((GOLDEN / "trace.json").read_text()),
+    )
+    names = list(expected["tensors"])
+    average = DynamicAverage(names, [tensors[f"theta.{n}.0"] for n in names], "lcia_release", **settings)
+    for t in range(1, expected["steps"] + 1):
+        average.step([tensors[f"theta.{n}.{t}"] for n in names], [tensors[f"grad.{n}.{t}"] for n in names])
+        for n in names:
+            torch.testing.assert_close(
+                average.averages()[n], tensors[f"average.{n}.{t}"], rtol=0, atol=1e-6, msg=f"{n} step {t}"
+            )
+    trace = average.drain_trace()
+    for i, n in enumerate(names):
+        alpha = np.array(expected["raw_alpha"][n][1:], dtype=float)
+        np.testing.assert_allclose(1 - trace.raw[1:, i], alpha, rtol=1e-5)
+        assert (trace.fallback[1:, i] == ((alpha <= 0) | (alpha >= 1))).all() and trace.fallback[0, i]
+    assert 0 < trace.fallback[1:].mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [(v, {}) for v in VARIANTS]
+    + [("lcia_release", {"constant": 0.1}), ("fixed", {"beta": 0.9}), ("secant", {"mu_rel": 4.0})],
+)
+def test_formula(variant, options):
+    thetas, gradients = walk()
+    average = run(thetas, gradients, variant, **options)
+    trace = average.drain_trace()
+    for k, name in enumerate(NAMES):
+        raw, beta, star = oracle(variant, thetas, gradients, k, **options)
+        np.testing.assert_allclose(trace.raw[1:, k], raw[1:], rtol=1e-3, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(trace.beta[:, k], beta, rtol=1e-4, err_msg=name)
+        torch.testing.assert_close(average.averages()[name], star.float(), rtol=0, atol=1e-5)
+
+
+def test_short_names_mean_the_norm_wise_reading():
+    thetas, gradients = walk()
+    for short, name in ALIASES.items():
+        a, b = run(thetas, gradients, short), run(thetas, gradients, name)
+        assert name.endswith("_norm") and (a.drain_trace().beta == b.drain_trace().beta).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_statistics_add_up_over_shards(variant):
+    """Two ranks holding a third and two thirds of each tensor, their tables added: the step of the whole."""
+    thetas, gradients = walk()
+
+    def shard(row, rank):
+        return [t.flatten()[: t.numel() // 3] if rank == 0 else t.flatten()[t.numel() // 3 :] for t in row]
+
+    whole = DynamicAverage(NAMES, thetas[0], variant)
+    ranks = [DynamicAverage(NAMES, shard(thetas[0], r), variant) for r in (0, 1)]
+    for t in range(1, STEPS + 1):
+        table = whole.measure(thetas[t], gradients[t])
+        parts = [ranks[r].measure(shard(thetas[t], r), shard(gradients[t], r)) for r in (0, 1)]
+        assert table.dtype == torch.float64 and table.shape[0] == len(NAMES)
+        torch.testing.assert_close(sum(parts), table, rtol=1e-5, atol=1e-6, equal_nan=True)
+        whole.update(table, thetas[t])
+        for r in (0, 1):
+            ranks[r].update(sum(parts), shard(thetas[t], r))
+    joined = [torch.cat(pair) for pair in zip(*(r.averages().values() for r in ranks), strict=True)]
+    for one, both in zip(whole.averages().values(), joined, strict=True):
+        torch.testing.assert_close(both, one.flatten(), rtol=0, atol=1e-5)
+
+
+def test_many_tensors_are_measured_as_each_alone(monkeypatch):
+    """Temporaries are bounded by chunks of tensors: where they are cut must not matter."""
+    from llaca import ema
+
+    thetas, gradients = walk()
+    together = run(thetas, gradients, "eq45")
+    monkeypatch.setattr(ema, "_chunks", lambda tensors: [slice(i, i + 1) for i in range(len(tensors))])
+    alone = run(thetas, gradients, "eq45")
+    for a, b in zip(together.averages().values(), alone.averages().values(), strict=True):
+        assert torch.equal(a, b)
+    monkeypatch.undo()
+    sizes = [1 << 19, 1 << 19, 1, 1 << 21, 5]
+    cut = ema._chunks([torch.empty(n, device="cpu") for n in sizes])
+    assert [list(range(len(sizes)))[c] for c in cut] == [[0, 1], [2], [3], [4]]
+
+
+def test_large_sums_are_accurate():
+    """2^24 is where a float32 counter stops; 25 million ones must still be 25 million."""
+    n = 25_000_000
+    average = DynamicAverage(["w"], [torch.zeros(n)], "fixed")
+    table = average.measure([torch.ones(n)], [torch.ones(n)])
+    np.testing.assert_allclose(table.numpy(), [[n, n]], rtol=1e-6)
+
+
+def test_average_is_float32_where_the_weights_are_bfloat16():
+    """Weights moving from 1 to 2: 300 steps of weight 0.01 reach 2 - 0.99^300; in bfloat16 they do not."""
+    start, end = torch.ones(5, dtype=torch.bfloat16), torch.full((5,), 2.0, dtype=torch.bfloat16)
+    average = DynamicAverage(["w"], [start], "fixed", beta=0.99)
+    for _ in range(300):
+        average.step([end], [torch.zeros(5, dtype=torch.bfloat16)])
+    assert average.averages()["w"].dtype == torch.float32
+    torch.testing.assert_close(average.averages()["w"], torch.full((5,), 2 - 0.99**300), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16_weights_are_measured_in_float32(variant):
+    thetas, gradients = walk(dtype=torch.bfloat16)
+    trace = run(thetas, gradients, variant).drain_trace()
+    exact = [[t.float() for t in row] for row in thetas], [[g.float() for g in row] for row in gradients]
+    reference = run(*exact, variant).drain_trace()
+    np.testing.assert_array_equal(trace.beta, reference.beta)
+
+
+def test_range_rule_counts():
+    """One tensor whose release beta is inside, below and at minus infinity, by construction."""
+    theta = [[torch.full((2,), float(t))] for t in range(5)]
+    g = [[torch.full((2,), x)] for x in (0.0, 100.0, -100.0, -100.1, -100.1)]
+    average = run(theta, g, "lcia_release", names=["w"], fallback=0.9, start="stage_start")
+    trace = average.drain_trace()
+    # |gap|: 2, then 2 (t - theta*); |change|: 0, 400, 0.2, 0
+    star = 0.9 * 0 + 0.1 * 1
+    beta2 = 1 - 2 * 201 / (2 * (2 - star) * 400)
+    star = beta2 * star + (1 - beta2) * 2
+    assert trace.fallback[:, 0].tolist() == [True, False, True, True]
+    np.testing.assert_allclose(trace.beta[:, 0], [0.9, beta2, 0.9, 0.9], rtol=1e-6)
+    assert trace.raw[2, 0] < 0 and trace.raw[3, 0] == -np.inf
+    star = 0.9 * (0.9 * star + 0.1 * 3) + 0.1 * 4
+    torch.testing.assert_close(average.averages()["w"], torch.full((2,), star), rtol=1e-6, atol=0)
+    np.testing.assert_allclose(average.fallback_share(), [0.75])
+
+
+def test_start():
+    thetas, gradients = walk()
+    for start, beta in (("stage_start", 0.99), ("after_first_step", 0.0)):
+        average = run(thetas, gradients, "eq45", steps=[1], start=start)
+        for star, before, after in zip(average.averages().values(), thetas[0], thetas[1], strict=True):
+            torch.testing.assert_close(star, beta * before + (1 - beta) * after)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resume_is_exact(variant, tmp_path):
+    thetas, gradients = walk()
+    straight = run(thetas, gradients, variant)
+    first = run(thetas, gradients, variant, steps=range(1, 8))
+    torch.save(first.state_dict(), tmp_path / "average.pt")
+    second = DynamicAverage(NAMES, thetas[0], variant)
+    second.load_state_dict(torch.load(tmp_path / "average.pt", weights_only=True))
+    for t in range(8, STEPS + 1):
+        second.step(thetas[t], gradients[t])
+    for a, b in zip(straight.averages().values(), second.averages().values(), strict=True):
+        assert torch.equal(a, b)
+    np.testing.assert_array_equal(straight.fallback_share(), second.fallback_share())
+    for a, b in zip(straight.drain_trace(), second.drain_trace(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_resume_refuses_another_average():
+    thetas, _ = walk()
+    state = DynamicAverage(NAMES, thetas[0], "eq45").state_dict()
+    with pytest.raises(ValueError, match=r"other settings.*eq45_norm.*eq14_norm"):
+        DynamicAverage(NAMES, thetas[0], "eq14").load_state_dict(state)
+    with pytest.raises(ValueError, match="other names"):
+        DynamicAverage(list("abcd"), thetas[0], "eq45").load_state_dict(state)
+
+
+def test_trace_is_drained_in_pieces():
+    thetas, gradients = walk()
+    average = run(thetas, gradients, "eq45", steps=range(1, 6))
+    first = average.drain_trace()
+    for t in range(6, STEPS + 1):
+        average.step(thetas[t], gradients[t])
+    second, whole = average.drain_trace(), run(thetas, gradients, "eq45").drain_trace()
+    assert (first.first_step, second.first_step, len(second.beta)) == (1, 6, STEPS - 5)
+    np.testing.assert_array_equal(np.concatenate([first.beta, second.beta]), whole.beta)
+    assert average.drain_trace().beta.shape == (0, len(NAMES))
+
+
+@pytest.mark.parametrize(
+    ("variant", "loss", "units"),
+    [
+        # same beta when the loss is rescaled, when the parameters' units are
+        ("eq14_norm", False, False),
+        ("eq14_norm_ones", False, False),
+        ("eq14_elem", False, False),
+        ("eq45_norm", False, False),
+        ("eq45_norm_ones", False, False),
+        ("eq45_elem", False, False),
+        ("lcia_release", False, False),
+        ("next_release", False, False),
+        ("fixed", True, True),
+        ("secant", True, True),
+    ],
+)
+def test_which_variants_are_dimensionless(variant, loss, units):
+    """Loss in other units: g x c. Parameters in other units: theta x s, g / s. The training is the same."""
+    raw = run(*walk(), variant).drain_trace().raw[1:]
+    scaled_loss = run(*walk(loss_scale=1000.0), variant).drain_trace().raw[1:]
+    scaled_units = run(*walk(units=30.0), variant).drain_trace().raw[1:]
+    assert np.allclose(scaled_loss, raw, rtol=1e-4) == loss
+    assert np.allclose(scaled_units, raw, rtol=1e-4) == units
+
+
+def test_secant_finds_the_slope_at_the_average():
+    """On a noiseless quadratic the averaged gradient is the gradient at the average: beta in closed form.
+
+    L = 3/2 theta.theta, d = theta - theta*: beta = (3 theta.d + mu_rel 3 d.d) / (3 d.d + mu_rel 3 d.d).
+    """
+    theta = [[torch.tensor([10.0 * 0.9**t, -4.0 * 0.8**t])] for t in range(STEPS)]
+    average = DynamicAverage(["w"], theta[0], "secant", mu_rel=19.0, smoothing=0.0)
+    star, expected = theta[0][0].double(), []
+    for t in range(1, STEPS):
+        average.step(theta[t], [3 * theta[t - 1][0]])
+        now, d = theta[t][0].double(), theta[t - 1][0].double() - star
+        beta = ((theta[t - 1][0].double() @ d + 19 * d @ d) / (20 * d @ d)).clip(0, 1) if t > 1 else 0.99
+        star = beta * star + (1 - beta) * now
+        expected.append(float(beta))
+    beta = average.drain_trace().beta[:, 0]
+    np.testing.assert_allclose(beta, expected, rtol=1e-4)
+    assert np.ptp(beta[1:]) > 0.01
+
+
+def test_secant_follows_a_fall_and_holds_against_a_rise():
+    """Without noise, mu_rel 49: 1 - beta = 1/50 at the minimum along the gap, more before, less beyond."""
+    alphas = []
+    for reach in (0.5, 1.0, 1.5):  # theta goes from -1 to reach - 1, the minimum is at 0
+        average = DynamicAverage(["w"], [torch.tensor([-1.0])], "secant", mu_rel=49.0, smoothing=0.0)
+        average.step([torch.tensor([reach - 1])], [torch.tensor([-1.0])])
+        average.step([torch.tensor([reach - 1])], [torch.tensor([reach - 1])])
+        alphas.append(1 - average.drain_trace().beta[1, 0])
+    assert alphas[0] > alphas[1] > alphas[2] > 0
+    np.testing.assert_allclose(alphas[1], 1 / 50, rtol=1e-5)
+
+
+def test_memory_is_what_the_variant_needs():
+    """Copies of the parameters held after a step, theta* included."""
+    thetas, gradients = walk()
+    copies = {}
+    for variant in VARIANTS:
+        state = run(thetas, gradients, variant, steps=[1, 2]).state_dict()
+        copies[variant] = 1 + len(state["past"])
+        assert all(len(tensors) == len(NAMES) for tensors in state["past"].values())
+    assert copies == {
+        "eq14_norm": 3,
+        "eq14_norm_ones": 3,
+        "eq14_elem": 3,
+        "eq45_norm": 2,
+        "eq45_norm_ones": 2,
+        "eq45_elem": 3,
+        "lcia_release": 2,
+        "next_release": 2,
+        "fixed": 1,
+        "secant": 3,
+    }
+
+
+@pytest.mark.parametrize("variant", ["eq45", "fixed", "secant"])
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda p, g: g.__setitem__(1, None), ValueError, "step 2: gradient of layers.0.lora_B is missing"),
+        (lambda p, g: g.__setitem__(2, g[2][:3]), ValueError, r"gradient of projector.bias has shape \(3,\)"),
+        (
+            lambda p, g: g.__setitem__(0, g[0].double()),
+            ValueError,
+            "gradient of layers.0.lora_A has dtype torch.float64",
+        ),
+        (
+            lambda p, g: p.__setitem__(0, p[0].bfloat16()),
+            ValueError,
+            "parameter of layers.0.lora_A has dtype",
+        ),
+        (
+            lambda p, g: g[1].__setitem__((0, 0), torch.nan),
+            FloatingPointError,
+            "gradient not finite in layers.0.lora_B$",
+        ),
+        (
+            lambda p, g: g[2].__setitem__(3, torch.inf),
+            FloatingPointError,
+            "step 2: gradient not finite in projector.bias",
+        ),
+        (
+            lambda p, g: p[2].__setitem__(3, torch.nan),
+            FloatingPointError,
+            "parameter not finite in projector.bias",
+        ),
+        (lambda p, g: g.pop(), ValueError, "3 gradients for 4 averaged tensors"),
+    ],
+)
+def test_bad_input_names_the_tensor_and_moves_nothing(variant, spoil, error, message):
+    thetas, gradients = walk()
+    average = run(thetas, gradients, variant, steps=[1])
+    before = [star.clone() for star in average.averages().values()]
+    parameters, grads = [p.clone() for p in thetas[2]], [g.clone() for g in gradients[2]]
+    spoil(parameters, grads)
+    with pytest.raises(error, match=message):
+        average.step(parameters, grads)
+    assert average.steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(average.averages().values(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings", "message"),
+    [
+        ("eq99", {}, "unknown variant 'eq99'; known: eq14, eq45"),
+        ("eq45", {"beta": 0.9}, "eq45_norm has no setting beta; it has fallback, start"),
+        ("fixed", {"beta": 1.0}, r"beta = 1.0 must be in \(0, 1\)"),
+        ("fixed", {"start": "never"}, "start = 'never' must be"),
+        ("secant", {"mu_rel": -1.0}, "mu_rel = -1.0 must be positive"),
+    ],
+)
+def test_impossible_settings(variant, settings, message):
+    with pytest.raises(ValueError, match=message):
+        DynamicAverage(NAMES, walk()[0][0], variant, **settings)
+
+
+def test_averages_follow_live_parameters_that_require_gradients():
+    """As a trainer calls it: nn.Parameters, their .grad, an optimizer; no graph, no aliasing."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    average = DynamicAverage(names, parameters, "fixed", beta=0.5)
+    expected = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+        average.step(parameters, [p.grad for p in parameters])
+        expected = [0.5 * e + 0.5 * p.detach() for e, p in zip(expected, parameters, strict=True)]
+    for star, e in zip(average.averages().values(), expected, strict=True):
+        assert not star.requires_grad
+        torch.testing.assert_close(star, e)
