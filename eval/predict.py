@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from llaca.grouping import extract_instructions
 from tqdm import tqdm
 
 from data.layout import image_root
 from eval.tasks import TASKS
 from llaca.config import Recipe
+from llaca.grouping import instruction_of
 from llaca.methods import METHODS
 from llaca.pool import Pool
 from llaca.stream import Stage, ordered, stages_of, write_atomically
@@ -78,11 +78,10 @@ def matrix_rows(run: Run, questions: dict[str, list[Question]]) -> list[tuple[st
     rows, seen = [], []
     for stage in run.stages:
         seen += stage.tasks
-        pool = Pool.from_json(json.loads((stage.folder / "codebook.json").read_text(encoding="utf-8")))
+        pool = Pool.from_json((stage.folder / "codebook.json").read_text(encoding="utf-8"))
         row = {}
         for task in seen:
-            wording = extract_instructions(task, [q.text for q in questions[task]], training=False)
-            row[task] = pool.holder_for(wording)[0]
+            row[task] = pool.holder_for(sorted({instruction_of(task, q.text) for q in questions[task]}))
         rows.append((stage.name, row))
     return rows
 

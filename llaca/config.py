@@ -26,7 +26,7 @@ class ModelConfig:
     attention: str = field(
         default="sdpa", metadata={"help": "attention implementation: sdpa, eager, flash_attention_2"}
     )
-    dtype: str = field(default="bfloat16", metadata={"help": "dtype of the frozen base; what is trained is float32"})
+    dtype: str = field(default="bfloat16", metadata={"help": "of the frozen base; what is trained is float32"})
     reuse_vision_features: bool = field(
         default=False,
         metadata={"help": "compute the frozen vision tower's features once per picture and keep them in memory"},
@@ -211,13 +211,15 @@ def load_recipe(arguments: list[str]) -> Recipe:
     *sections, _ = parser.parse_args_into_dataclasses(arguments)
     recipe = Recipe(*sections)
     if not recipe.run.run:
-        recipe.run.run = run_name(recipe, chosen.smoke)
+        recipe.run.run = run_name(recipe, chosen.smoke, values.get("grouping", MethodConfig.grouping))
     return recipe
 
 
-def run_name(recipe: Recipe, smoke: bool) -> str:
-    """A name that says how the run differs from the recipe's default stream."""
+def run_name(recipe: Recipe, smoke: bool, grouping: bool) -> str:
+    """A name that says how the run differs from the recipe's stream and from the method's own `grouping`."""
     parts = [recipe.method.method]
+    if recipe.method.grouping != grouping:
+        parts.append("grouping" if recipe.method.grouping else "no-grouping")
     parts += ["smoke"] * smoke
     parts += [p for p in (recipe.stream.order, recipe.stream.instructions) if p != "original"]
     return "-".join([*parts, f"seed{recipe.run.seed}"])

@@ -4,6 +4,7 @@ A parameter set is named by the stage whose folder holds it. With grouping, task
 (llaca/grouping.py); without, there is one set and every stage continues it.
 """
 
+import json
 from dataclasses import dataclass, field
 
 from llaca.grouping import Codebook
@@ -28,9 +29,8 @@ class Pool:
     """`holders[g]` is the stage that holds group g's parameters, `members[g]` the tasks trained into it."""
 
     grouping: bool
-    threshold: float
+    codebook: Codebook
     new_group_start: str = "latest"
-    codebook: Codebook = field(default_factory=Codebook)
     holders: list[str] = field(default_factory=list)
     members: list[list[str]] = field(default_factory=list)
     latest: str | None = None
@@ -41,42 +41,36 @@ class Pool:
             return Choice(None, None, [])
         if not self.grouping:
             return Choice(0, self.holders[0], [])
-        group, scores = self.codebook.match(instructions, self.threshold)
+        group, scores = self.codebook.match(instructions)
         if group is not None:
             return Choice(group, self.holders[group], scores)
         return Choice(None, self.latest if self.new_group_start == "latest" else None, scores)
 
     def put(self, choice: Choice, instructions: list[str], task: str, stage: str) -> None:
         """Records that `stage` has trained `task` from `choice`; its parameters replace the group's."""
-        self.codebook.add(choice.group, instructions)
-        if choice.matched:
-            self.holders[choice.group] = stage
-            self.members[choice.group].append(task)
+        group = self.codebook.add(choice.group, instructions) if self.grouping else 0
+        if group < len(self.holders):
+            self.holders[group] = stage
+            self.members[group].append(task)
         else:
             self.holders.append(stage)
             self.members.append([task])
         self.latest = stage
 
-    def holder_for(self, instructions: list[str]) -> tuple[str, float | None]:
-        """(stage whose parameters answer a test set with these instructions, its similarity): the most similar group."""
-        if not self.grouping or len(self.holders) == 1:
-            return self.holders[0], None
-        group, score = self.codebook.nearest(instructions)
-        return self.holders[group], score
+    def holder_for(self, instructions: list[str]) -> str:
+        """The stage whose parameters answer a test set with these instructions: the most similar group's."""
+        if not self.grouping:
+            return self.holders[0]
+        chosen = self.codebook.choose(instructions)
+        return self.holders[chosen.index]
 
-    def to_json(self) -> dict:
-        """All of it, for codebook.json."""
-        return {
-            "grouping": self.grouping,
-            "threshold": self.threshold,
-            "new_group_start": self.new_group_start,
-            "holders": self.holders,
-            "members": self.members,
-            "latest": self.latest,
-            "codebook": self.codebook.to_json(),
-        }
+    def to_json(self) -> str:
+        """All of it as JSON text, for codebook.json."""
+        content = {**vars(self), "codebook": json.loads(self.codebook.to_json())}
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, content: dict) -> "Pool":
+    def from_json(cls, text: str) -> "Pool":
         """The inverse of `to_json`."""
-        return cls(**{**content, "codebook": Codebook.from_json(content["codebook"])})
+        content = json.loads(text)
+        return cls(**{**content, "codebook": Codebook.from_json(json.dumps(content["codebook"]))})

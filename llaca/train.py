@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from data.layout import image_root, train_file
 from llaca.config import Recipe, TrainConfig, load_recipe
-from llaca.grouping import extract_instructions, threshold_for
+from llaca.grouping import THRESHOLDS, Codebook, instruction_of
 from llaca.methods import METHODS
 from llaca.methods.base import Method
 from llaca.pool import Choice, Pool
@@ -74,7 +74,7 @@ def load_stream(recipe: Recipe, stages: list[Stage]) -> dict[str, list[Sample]]:
     root = recipe.stream.data_root
     return {
         task: load_samples(train_file(root, recipe.stream.instructions, task), image_root(root))[:limit]
-        for task in tqdm(tasks, desc="check records", leave=False, unit="task")
+        for task in tqdm(tasks, desc="check records", leave=False, delay=3, unit="task")
     }
 
 
@@ -135,6 +135,7 @@ def train_stage(
         hooks=method,
         callbacks=[RunLog(bar, stage, folder / "train_log.jsonl")],
     )
+    trainer.remove_callback(PrinterCallback)  # RunLog says it in one line
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started
@@ -172,7 +173,7 @@ def trainer_arguments(recipe: Recipe, settings: TrainConfig, stage: Stage, seed:
         warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=recipe.model.gradient_checkpointing,
+        activation_checkpointing=recipe.model.gradient_checkpointing,
         bf16=cuda and recipe.model.dtype == "bfloat16",
         tf32=cuda or None,
         use_cpu=not cuda,
@@ -197,29 +198,21 @@ def run(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
         return folder
     records = load_stream(recipe, stages)
     student = load_student(recipe, records)
-    pool = Pool(
-        recipe.method.grouping,
-        threshold_for(recipe.stream.instructions, recipe.method.similarity_threshold),
-        recipe.method.new_group_start,
-    )
+    threshold = recipe.method.similarity_threshold
+    codebook = Codebook(THRESHOLDS[recipe.stream.instructions] if threshold < 0 else threshold)
+    pool = Pool(recipe.method.grouping, codebook, recipe.method.new_group_start)
     total = sum(
         stage_steps(recipe.for_task(stage.tasks[0]), sum(len(records[t]) for t in stage.tasks)) for stage in stages
     )
-    with progress_bar(recipe.run.run, total) as bar:
+    line = int(os.environ.get("LLACA_BAR", 0))  # of the terminal, where several runs share it
+    with tqdm(total=total, desc=recipe.run.run, unit="step", position=line) as bar:
         for stage in stages:
             if stage.done:
-                pool = Pool.from_json(json.loads((stage.folder / "codebook.json").read_text(encoding="utf-8")))
+                pool = Pool.from_json((stage.folder / "codebook.json").read_text(encoding="utf-8"))
                 bar.update(json.loads((stage.folder / "stage.json").read_text(encoding="utf-8"))["steps"])
             else:
                 complete_stage(recipe, stage, records, student, method, pool, bar)
     return folder
-
-
-def progress_bar(name: str, total: int) -> tqdm:
-    """The bar of a run; LLACA_BAR is its line where several runs share a terminal."""
-    position = int(os.environ.get("LLACA_BAR", 0))
-    calm = {} if sys.stderr.isatty() else {"mininterval": 20, "ascii": True}
-    return tqdm(total=total, desc=name, unit="step", position=position, dynamic_ncols=True, **calm)
 
 
 def complete_stage(
@@ -233,9 +226,8 @@ def complete_stage(
 ) -> None:
     """Trains one stage in a folder of its own and gives it its name, with DONE in it, when it is whole."""
     samples = [sample for task in stage.tasks for sample in records[task]]
-    instructions = sorted(
-        {i for task in stage.tasks for i in extract_instructions(task, [s.turns[0][0] for s in records[task]])}
-    )
+    wordings = {instruction_of(task, sample.turns[0][0]) for task in stage.tasks for sample in records[task]}
+    instructions = sorted(wordings)
     choice = pool.choose(instructions)
     partial = stage.folder.with_name(stage.folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -244,7 +236,7 @@ def complete_stage(
     report = train_stage(recipe, stage, samples, student, method, choice, bar, partial)
     pool.put(choice, instructions, "+".join(stage.tasks), stage.name)
     write_atomically(partial / "stage.json", json.dumps(report, indent=1) + "\n")
-    write_atomically(partial / "codebook.json", json.dumps(pool.to_json(), indent=1) + "\n")
+    write_atomically(partial / "codebook.json", pool.to_json())
     shutil.rmtree(partial / "trainer", ignore_errors=True)
     partial.rename(stage.folder)
     (stage.folder / "DONE").touch()

@@ -25,7 +25,7 @@ from transformers import (
 
 from llava.conversation import IMAGE
 from llava.image import padding_processor
-from llava.model import is_projector
+from llava.model import is_projector, load_weights
 
 PEFT_PREFIX = "base_model.model."
 # Original name, transformers name; both with the weight's own name behind. The language model stands last, because
@@ -99,12 +99,8 @@ def assemble(
         language[name] = torch.nn.functional.pad(language[name], (0, 0, 0, 1))
     state = _renamed(language, to_transformers) | _renamed(read_weights(projector_file), to_transformers)
     state |= _renamed(read_weights(vision_dir), _vision_name)
-    model, report = LlavaForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
-    faults = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
-    if faults:
-        raise ValueError(f"{llm_dir}, {vision_dir} and {projector_file} do not make one model: {faults}")
+    sources = f"{llm_dir}, {vision_dir} and {projector_file}"
+    model = load_weights(sources, None, config=config, state_dict=state, dtype=dtype)
     tokenizer = load_tokenizer(llm_dir)
     if tokenizer.convert_tokens_to_ids(IMAGE) != image_id:
         raise ValueError(f"{llm_dir}: the tokenizer has {len(tokenizer) - 1} tokens, the model {image_id}")

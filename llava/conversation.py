@@ -59,10 +59,10 @@ def encode(tokenizer, turns: Turns, image_tokens: int, max_length: int) -> Encod
     labels = [token if learn else IGNORE for token, learn in zip(ids, supervised, strict=True)]
     image = tokenizer.convert_tokens_to_ids(IMAGE)
     if image in ids[max_length:]:
-        raise ValueError(f"the picture ends behind the first {max_length} tokens; raise the length or shorten the text")
+        raise ValueError("the maximum length cuts the picture; raise it or shorten the text")
     ids, labels = ids[:max_length], labels[:max_length]
     if all(label == IGNORE for label in labels):
-        raise ValueError(f"no answer begins within the first {max_length} tokens; raise the length or shorten the text")
+        raise ValueError("the maximum length leaves no part of an answer; raise it or shorten the text")
     return Encoded(ids, labels)
 
 

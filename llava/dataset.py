@@ -1,7 +1,7 @@
 """LLaVA JSON files: every record is validated before anything is trained, then tokenised once and batched.
 
-A training file is a list of `{id, image?, conversations: [{from: human, value}, {from: gpt, value}, ...]}`, a test file a
-list of `{question_id, image?, text, ...}`; image paths are relative to one image root.
+A training file is a list of `{id, image?, conversations: [{from: human, value}, {from: gpt, value}, ...]}`, a test
+file a list of `{question_id, image?, text, ...}`; image paths are relative to one image root.
 """
 
 import json
@@ -88,12 +88,12 @@ class InstructionDataset(Dataset):
         features: Callable[[Path], torch.Tensor] | None = None,
         source: str | Path = "samples",
     ):
-        """Raises DataError, naming `source`, for samples that the tokenizer or `max_length` leaves without an answer."""
+        """Raises DataError, naming `source`, for samples whose answers the tokenizer or `max_length` takes away."""
         self.samples, self.image_tokens, self.features = list(samples), image_tokens, features
         self.image_processor = processor.image_processor
         self.image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE)
         self._ids, self._labels, problems = [], [], []
-        for sample in tqdm(self.samples, desc="tokenise", leave=False):
+        for sample in tqdm(self.samples, desc="tokenise", leave=False, delay=3):
             room = max_length - (image_tokens - 1 if sample.image else 0)
             try:
                 encoded = encode(processor.tokenizer, sample.turns, image_tokens=1, max_length=room)
@@ -135,7 +135,7 @@ class Collator:
     pad_id: int
 
     def __call__(self, items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Return `input_ids`, `labels`, `attention_mask` `[items, longest]` and `pixel_values` `[pictures, ...]`, if any."""
+        """Return `input_ids`, `labels`, `attention_mask` `[items, longest]`; `pixel_values` if there are pictures."""
         lengths = torch.tensor([len(item["input_ids"]) for item in items])
         batch = {
             "input_ids": pad_sequence([item["input_ids"] for item in items], True, self.pad_id),

@@ -51,7 +51,7 @@ def cache_features(model, image_processor, paths: Sequence[Path], batch_size: in
     if isinstance(owner.vision_tower, CachedVisionTower):
         raise ValueError("the vision tower was already replaced; cache all pictures before calling use_features")
     parameter, rows = next(owner.vision_tower.parameters()), []
-    for start in tqdm(range(0, len(paths), batch_size), desc="vision features", leave=False):
+    for start in tqdm(range(0, len(paths), batch_size), desc="vision features", leave=False, delay=3):
         images = [load_image(path) for path in paths[start : start + batch_size]]
         pixels = to_pixels(image_processor, images).to(parameter.device, parameter.dtype)
         states = owner.vision_tower(pixels, output_hidden_states=True).hidden_states

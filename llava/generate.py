@@ -35,17 +35,18 @@ def generate_answers(
             raise ValueError(f"question {number} ({prompts[number]!r}) and its picture {image} do not go together")
 
     settings = _greedy(processor.tokenizer, model.config.image_token_id, max_new_tokens)
+    dtype = model.get_output_embeddings().weight.dtype
     training, answers = model.training, [""] * len(ids)
     model.eval()
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]), reverse=True)
-    with tqdm(total=len(ids), desc="answer", leave=False) as bar:
+    with tqdm(total=len(ids), desc="answer", leave=False, delay=3) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = _batch([ids[number] for number in chosen], processor.tokenizer.pad_token_id, model.device)
             pictures = [images[number] for number in chosen if images[number]]
             if pictures:
-                batch["pixel_values"] = _pictures(pictures, processor, features).to(model.device, model.dtype)
-            with torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):
+                batch["pixel_values"] = _pictures(pictures, processor, features).to(model.device, dtype)
+            with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
                 output = model.generate(**batch, generation_config=settings)
             new = output[:, batch["input_ids"].shape[1] :]
             for number, text in zip(chosen, processor.tokenizer.batch_decode(new, True), strict=True):

@@ -1,6 +1,7 @@
 """Pictures: read from disk, padded to a square in CLIP's mean colour, resized and normalised for the vision tower."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,25 +10,28 @@ from transformers import LlavaImageProcessorPil
 
 
 def padding_processor(preprocessor: dict) -> LlavaImageProcessorPil:
-    """Return LLaVA-1.5's image processor for the sizes, mean and deviation of a vision tower's `preprocessor_config`."""
+    """Return LLaVA-1.5's image processor for the sizes, mean and deviation in a CLIP `preprocessor_config`."""
     keys = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor")
     return LlavaImageProcessorPil(do_pad=True, **{key: preprocessor[key] for key in keys if key in preprocessor})
 
 
 def load_image(path: str | Path) -> Image.Image:
     """Return the picture at `path` in RGB. Raises OSError naming the file if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"{path} cannot be read as a picture ({error}); replace the file or remove its record") from error
+    with _opened(path) as image:
+        return image.convert("RGB")
 
 
 def verify_image(path: str | Path) -> None:
     """Check that `path` is a picture without decoding its pixels. Raises OSError naming the file if it is not."""
+    with _opened(path) as image:
+        image.verify()
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            image.verify()
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"{path} cannot be read as a picture ({error}); replace the file or remove its record") from error
 

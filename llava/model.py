@@ -34,22 +34,26 @@ def load_base(
         raise FileNotFoundError(f"{path} has no config.json; give the folder of a Llava model saved by transformers")
     if "mm_projector_type" in json.loads((path / "config.json").read_text()):
         raise ValueError(f"{path} has the original LLaVA layout; convert it with llava.checkpoint first")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model, report = LlavaForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-        )
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    faults = {name: sorted(map(str, report[name])) for name in report if report[name]}
-    if faults:
-        raise ValueError(f"the weights in {path} do not fit its config.json: {faults}")
+    model = load_weights(str(path), path, dtype=dtype, attn_implementation=attn_implementation)
     processor = LlavaProcessor.from_pretrained(path, backend="pil")
     processor.image_processor.do_pad = True
     _check_processor(path, model.config, processor)
     return model, processor
+
+
+def load_weights(name: str, path: Path | None, **settings) -> LlavaForConditionalGeneration:
+    """Call `from_pretrained` without its progress bar. Raises ValueError, naming `name`, unless every weight fits."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, report = LlavaForConditionalGeneration.from_pretrained(path, output_loading_info=True, **settings)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    faults = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    if faults:
+        raise ValueError(f"the weights of {name} and its configuration do not fit: {faults}")
+    return model
 
 
 def image_tokens(config) -> int:
@@ -103,7 +107,7 @@ def set_adapter_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write LoRA and projector as one PEFT folder, then read it back. Raises ValueError if it holds no usable adapter.
 
-    The same weights give the same bytes: nothing in the folder depends on the time or the machine.
+    The same weights, attached to the same base path, give the same bytes.
     """
     from peft import get_peft_model_state_dict
 

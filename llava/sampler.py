@@ -74,7 +74,7 @@ def _cut(indices: list[int], size: int) -> list[list[int]]:
 
 
 def _share_out(indices: list[int], lengths: Sequence[int], shares: int) -> list[list[int]]:
-    """Split `indices` into `shares` lists of equal count and nearly equal total length, strided if it does not divide."""
+    """Split `indices` into `shares` lists of equal count and nearly equal length; strided if they do not divide."""
     if len(indices) % shares:
         return [indices[first::shares] for first in range(shares)]
     batches, totals = [[] for _ in range(shares)], [0.0] * shares

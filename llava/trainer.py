@@ -92,7 +92,7 @@ class LlavaTrainer(Trainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.parallel_mode == ParallelMode.DISTRIBUTED:
             raise NotImplementedError(
                 "step hooks read gradients of a single process; DeepSpeed, FSDP and DDP keep theirs elsewhere or move "
-                "the weights before the hooks are called. Start one process, or train with method lora"
+                "the weights before the hooks are called. Start one process, or train without hooks"
             )
         if self.args.n_gpu > 1:
             raise NotImplementedError("step hooks need one device; set CUDA_VISIBLE_DEVICES to one of them")

@@ -1,11 +1,14 @@
-"""A small LLaVA, shaped like the shipped base but random: two layers, 48-pixel pictures, 36 image tokens."""
+"""Two small models: a random one shaped like the shipped base (48-pixel pictures, 36 image tokens), and the original
+code's, assembled from its parts, with the numbers that code gave for it."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPVisionConfig,
@@ -17,8 +20,12 @@ from transformers import (
     LlavaProcessor,
 )
 
+from llava.checkpoint import assemble
 from llava.conversation import SYSTEM
+from llava.dataset import load_samples
 from llava.model import load_base
+
+ORIGINAL = Path(__file__).parent / "golden" / "llava_original"
 
 CORPUS = [
     SYSTEM + " USER: ASSISTANT:",
@@ -39,7 +46,7 @@ def make_tokenizer() -> LlamaTokenizer:
     return tokenizer
 
 
-def make_base(folder: Path, vision_feature_layer: int = -1) -> Path:
+def make_base(folder: Path, vision_feature_layer: int | list[int] = -1) -> Path:
     """Save a random model and its processor to `folder`, as `save_pretrained` does."""
     tokenizer = make_tokenizer()
     text = LlamaConfig(
@@ -123,3 +130,22 @@ def tiny_data(tmp_path_factory) -> Path:
         records.append({"id": f"t{number}", "conversations": turns})
     (folder / "train.json").write_text(json.dumps(records))
     return folder
+
+
+def assemble_original():
+    """A fresh model and processor from the three parts of the original layout."""
+    return assemble(ORIGINAL / "vicuna-tiny", ORIGINAL / "clip-tiny-patch14-42", ORIGINAL / "mm_projector.bin")
+
+
+@pytest.fixture(scope="session")
+def original() -> SimpleNamespace:
+    """The original code's model (not to be changed), its four samples and what it made of them."""
+    model, processor = assemble_original()
+    return SimpleNamespace(
+        folder=ORIGINAL,
+        model=model.eval(),
+        processor=processor,
+        samples=load_samples(ORIGINAL / "train.json", ORIGINAL),
+        expected=json.loads((ORIGINAL / "expected.json").read_text()),
+        tensors=load_file(ORIGINAL / "expected.safetensors"),
+    )

@@ -124,7 +124,8 @@ def test_formula(variant, options):
     trace = average.drain_trace()
     for k, name in enumerate(NAMES):
         raw, beta, star = oracle(variant, thetas, gradients, k, **options)
-        np.testing.assert_allclose(trace.raw[1:, k], raw[1:], rtol=1e-3, atol=1e-5, err_msg=name)
+        # a large beta is a quotient by nearly nothing: its float32 error grows with its square
+        assert (np.abs(trace.raw[1:, k] - raw[1:]) <= 5e-5 * (1 + raw[1:] ** 2)).all(), name
         np.testing.assert_allclose(trace.beta[:, k], beta, rtol=1e-4, err_msg=name)
         torch.testing.assert_close(average.averages()[name], star.float(), rtol=0, atol=1e-5)
 

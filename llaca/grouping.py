@@ -1,0 +1,186 @@
+"""Instruction grouping: which task may share which parameter set, decided from the tasks' instruction texts alone.
+
+A codebook holds groups of instructions. A task's instructions are compared with every stored one by TF-IDF
+cosine similarity; the score of a group is the mean over all (task's, stored) pairs, and the best group takes
+the task if its score reaches a threshold, else the task founds a new group (Table 10 of the paper).
+
+As in the released code the TF-IDF weights are fitted anew on each pair of texts (scikit-learn's TfidfVectorizer
+with English stop words). With two documents these weights have only two values, so all pairs are computed at
+once from word counts, see `similarity`.
+
+    python -m llaca.grouping --instructions data/instructions.json --set original|diverse|10type
+"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from math import log
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+THRESHOLDS = {"original": 0.90, "diverse": 0.30, "10type": 0.30}
+IDF_UNSHARED = log(3 / 2) + 1  # smoothed idf of a word in one of two documents; 1 for a word in both
+INSTRUCTIONS = Path(__file__).parent.parent / "data" / "instructions.json"
+
+
+def instruction_of(task: str, prompt: str) -> str:
+    """The instruction within one prompt, the same for a training turn (with `<image>`) and a test text (without).
+
+    ImageNet: the first line; Grounding: the last line up to its first colon; every other task: the last line.
+    Empty lines, the image mark and a trailing period do not count. (The released code takes the whole text of an
+    ImageNet test prompt, which is the same for one-line prompts and misses its group for longer ones.)
+    Raises ValueError if nothing is left.
+    """
+    lines = [line for line in map(str.strip, prompt.replace("<image>", "\n").splitlines()) if line]
+    if not lines:
+        raise ValueError(f"{task}: no instruction in the prompt {prompt!r}")
+    line = lines[0] if task == "ImageNet" else lines[-1]
+    instruction = (line.split(":")[0] if task == "Grounding" else line).rstrip(" .")
+    if not instruction:
+        raise ValueError(f"{task}: no instruction in the prompt {prompt!r}")
+    return instruction
+
+
+def similarity(left: Sequence[str], right: Sequence[str]) -> np.ndarray:
+    """[len(left), len(right)]: the cosine of each pair under TF-IDF weights fitted on that pair alone.
+
+    With word counts x and y a word weighs 1 if it is in both texts and w = ln(3/2) + 1 if it is in one, so
+        cos = x.y / (|x'| |y'|),    |x'|^2 = w^2 sum_i x_i^2 - (w^2 - 1) sum_{i: y_i > 0} x_i^2.
+    A text of stop words alone is similar to nothing but the same text (scikit-learn refuses such a pair).
+    """
+    analyze = TfidfVectorizer(stop_words="english").build_analyzer()
+    bags = [Counter(analyze(text)) for text in (*left, *right)]
+    column = {word: i for i, word in enumerate(sorted(set().union(*bags)))}
+    counts = np.zeros((len(bags), len(column)))
+    for row, bag in zip(counts, bags, strict=True):
+        for word, count in bag.items():
+            row[column[word]] = count
+    x, y = counts[: len(left)], counts[len(left) :]
+    squared = IDF_UNSHARED**2
+    norm_x = squared * (x**2).sum(1)[:, None] - (squared - 1) * (x**2) @ (y > 0).T
+    norm_y = squared * (y**2).sum(1)[None, :] - (squared - 1) * (x > 0) @ (y**2).T
+    norms = np.sqrt(norm_x * norm_y)
+    equal = np.array(left)[:, None] == np.array(right)[None, :]
+    return np.where(equal, 1.0, x @ y.T / np.where(norms > 0, norms, 1.0))
+
+
+class Match(NamedTuple):
+    """index: the group, or None for a new one; scores: one number in [0, 1] for every group."""
+
+    index: int | None
+    scores: list[float]
+
+
+class Choice(NamedTuple):
+    """The group a test set is answered with; `matched` is False if none reached the threshold."""
+
+    index: int
+    matched: bool
+    scores: list[float]
+
+
+class Codebook:
+    """Groups of instructions, in the order they were founded; a group's index never changes.
+
+    threshold: a score at or above it matches. aggregate: a group's score is the 'mean' over all pairs, as
+    released and as in Table 10, or their 'max', as the paper's text says (10type then gives three groups, not four).
+    """
+
+    def __init__(self, threshold: float, aggregate: str = "mean", groups: Iterable[Sequence[str]] = ()):
+        if aggregate not in ("mean", "max"):
+            raise ValueError(f"aggregate must be mean or max, not {aggregate!r}")
+        self.threshold, self.aggregate = threshold, aggregate
+        self.groups = [_distinct(group) for group in groups]
+
+    def match(self, instructions: Sequence[str]) -> Match:
+        """The best group (the first of equals) if it reaches the threshold, and the scores of all."""
+        instructions = _distinct(instructions)
+        reduce = np.mean if self.aggregate == "mean" else np.max
+        scores = [float(reduce(similarity(instructions, group))) for group in self.groups]
+        best = int(np.argmax(scores)) if scores else None
+        return Match(best if scores and scores[best] >= self.threshold else None, scores)
+
+    def choose(self, instructions: Sequence[str], unmatched: str = "nearest") -> Choice:
+        """The group for a test set. Below the threshold: the 'nearest' group, or the 'last' as released.
+
+        Raises ValueError if there is no group yet.
+        """
+        if not self.groups:
+            raise ValueError("the codebook is empty: no parameter set to choose from")
+        if unmatched not in ("nearest", "last"):
+            raise ValueError(f"unmatched must be nearest or last, not {unmatched!r}")
+        index, scores = self.match(instructions)
+        if index is not None:
+            return Choice(index, True, scores)
+        return Choice(int(np.argmax(scores)) if unmatched == "nearest" else len(scores) - 1, False, scores)
+
+    def add(self, index: int | None, instructions: Sequence[str]) -> int:
+        """Let the group take in the instructions it has not seen; None founds a group. Returns the index.
+
+        Adding the same twice changes nothing: a group of exactly these instructions is not founded again.
+        """
+        instructions = _distinct(instructions)
+        if index is None:
+            same = [i for i, group in enumerate(self.groups) if set(group) == set(instructions)]
+            if same:
+                return same[0]
+            self.groups.append(instructions)
+            return len(self.groups) - 1
+        if not 0 <= index < len(self.groups):
+            raise ValueError(f"no group {index} in a codebook of {len(self.groups)}")
+        self.groups[index] = _distinct([*self.groups[index], *instructions])
+        return index
+
+    def to_json(self) -> str:
+        """The codebook as JSON text, the same text for the same groups."""
+        fields = {"threshold": self.threshold, "aggregate": self.aggregate, "groups": self.groups}
+        return json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Codebook":
+        """The codebook that `to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+def _distinct(instructions: Sequence[str]) -> list[str]:
+    if isinstance(instructions, str) or not instructions or not all(text.strip() for text in instructions):
+        raise ValueError(f"expected a list of non-empty instructions, got {instructions!r}")
+    return list(dict.fromkeys(instructions))
+
+
+def group_tasks(instructions: Mapping[str, Sequence[str]], codebook: Codebook) -> list[list[str]]:
+    """Task names by group; tasks (name -> instructions) enter the codebook in the order of the mapping."""
+    groups: list[list[str]] = []
+    for task, texts in instructions.items():
+        index = codebook.add(codebook.match(texts).index, texts)
+        groups += [[] for _ in range(len(codebook.groups) - len(groups))]
+        groups[index].append(task)
+    return groups
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the groups of one instruction set as JSON: a list of lists of task names."""
+    parser = argparse.ArgumentParser(prog="python -m llaca.grouping", description=main.__doc__)
+    parser.add_argument("--instructions", type=Path, default=INSTRUCTIONS, help="file with `instructions` and `orders`")
+    parser.add_argument("--set", choices=THRESHOLDS, default="original", help="instruction set")
+    parser.add_argument("--aggregate", choices=("mean", "max"), default="mean", help="score of a group")
+    args = parser.parse_args(argv)
+    try:
+        content = json.loads(args.instructions.read_text(encoding="utf-8"))
+        instructions = {t: content["instructions"][t][args.set] for t in content["orders"]["original"]}
+    except (OSError, json.JSONDecodeError) as error:
+        parser.error(f"cannot read {args.instructions}: {error}")
+    except KeyError as error:
+        parser.error(
+            f"{args.instructions}: {error} is missing; expected orders.original and, for each of its "
+            f"tasks, instructions.TASK.{args.set}"
+        )
+    print(json.dumps(group_tasks(instructions, Codebook(THRESHOLDS[args.set], args.aggregate))))
+
+
+if __name__ == "__main__":
+    main()

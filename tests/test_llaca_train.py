@@ -1,0 +1,177 @@
+"""Whole runs on a random base: what a stage hands on, same seed same bytes, killed and started again."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.torch import load_file
+
+from data.mini import build
+from eval.report import main as report
+from eval.tables import read_matrix
+from llaca.config import load_recipe
+from llaca.launch import commands
+from llaca.train import run, stage_steps
+from llava.dataset import DataError
+
+TASKS = ["ScienceQA", "TextVQA", "GQA"]
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    root = tmp_path_factory.mktemp("benchmark") / "mini"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "SIZES", {"train": 24, "dev": 4, "test": 6})
+        build.build(root)
+    return root
+
+
+@pytest.fixture
+def arguments(tmp_path, tiny_base, mini):
+    """A command line for a run of three small stages."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"base: {tiny_base}\ndata_root: {mini}\ntasks: [{', '.join(TASKS)}]\nlora_rank: 4\nlora_alpha: 8\n"
+        "lora_dropout: 0.1\ndtype: float32\nattention: eager\nreuse_vision_features: true\n"
+        "gradient_checkpointing: false\nbatch_size: 8\nlearning_rate: 1.0e-2\nmax_new_tokens: 4\n"
+    )
+    return ["--recipe", str(recipe), "--runs-dir", str(tmp_path / "runs"), "--run", "r"]
+
+
+def adapters(folder: Path) -> dict[str, bytes]:
+    files = sorted(folder.glob("stages/*/adapter/*")) + sorted(folder.glob("stages/*/plain/*.safetensors"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def command(arguments: list[str]) -> list[str]:
+    return [sys.executable, "-m", "llaca.train", *arguments]
+
+
+def test_the_average_stands_between_the_start_of_the_stage_and_its_trained_weights(arguments):
+    """beta near 0 hands on the trained weights, beta near 1 the start of the stage; plain/ keeps what was trained."""
+    found = {}
+    for beta in ("1e-7", "0.9999999"):
+        line = [*arguments[:-1], f"beta{beta}", "--method", "fixed_ema", "--beta", beta, "--fallback-beta", beta]
+        stages = run(load_recipe(line)) / "stages"
+        where = ("01-ScienceQA/adapter", "02-TextVQA/plain", "02-TextVQA/adapter")
+        found[beta] = [load_file(stages / path / "adapter_model.safetensors") for path in where]
+    start, plain, averaged = found["1e-7"]
+    for name in plain:
+        np.testing.assert_allclose(averaged[name], plain[name], atol=1e-6)
+    assert any(abs(plain[name] - start[name]).max() > 1e-3 for name in plain)
+    start, plain, averaged = found["0.9999999"]
+    for name in plain:
+        np.testing.assert_allclose(averaged[name], start[name], atol=1e-5)
+
+
+def test_llaca_run_tells_its_story(arguments):
+    folder = run(load_recipe([*arguments, "--method", "llaca"]))
+    stories = [json.loads((s / "stage.json").read_text()) for s in sorted(folder.glob("stages/*"))]
+    assert [s["start"] for s in stories] == [None, "01-ScienceQA", "02-TextVQA"]
+    assert [s["averaged"] for s in stories] == [False, False, True]  # only GQA joins a group, TextVQA's
+    beta = pd.read_csv(folder / "stages" / "03-GQA" / "beta.csv")
+    assert list(beta["step"]) == [1, 2, 3] and beta["fallback_share"][0] == 1  # no previous gradient at the first step
+    assert stories[2]["beta_fallback_share"] == pytest.approx(beta["fallback_share"].mean(), rel=1e-4)
+    logs = [json.loads(line) for line in (folder / "stages/03-GQA/train_log.jsonl").read_text().splitlines()]
+    assert logs[-1]["step"] == 3
+
+
+def test_same_seed_same_bytes_and_other_seed_other_bytes(arguments):
+    first, again, other = (
+        adapters(run(load_recipe([*arguments[:-1], name, "--method", "llaca", "--seed", seed])))
+        for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))
+    )
+    assert first == again
+    weights = "stages/01-ScienceQA/adapter/adapter_model.safetensors"
+    assert first[weights] != other[weights]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_typed_again_gives_the_same_adapters_and_matrix(arguments, tmp_path, stop):
+    whole = run(load_recipe([*arguments[:-1], "whole", "--method", "llaca"]))
+    line = [*arguments[:-1], "killed", "--method", "llaca"]
+    killed = tmp_path / "runs" / "killed"
+    process = subprocess.Popen(command(line), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path.cwd())
+    while not (killed / "stages" / "02-TextVQA.partial").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(stop)
+    assert process.wait() != 0
+    assert not (killed / "stages" / "03-GQA" / "DONE").exists()
+    subprocess.run(command(line), check=True, capture_output=True)
+    assert adapters(killed) == adapters(whole)
+    for name in ("whole", "killed"):
+        report(["--runs-dir", str(tmp_path / "runs"), "--run", name])
+    answers = [sorted((f / "answers").rglob("*.jsonl")) for f in (whole, killed)]
+    assert [p.read_bytes() for p in answers[0]] == [p.read_bytes() for p in answers[1]] and len(answers[0]) == 4
+    assert (whole / "matrix.csv").read_bytes() == (killed / "matrix.csv").read_bytes()
+
+
+def test_report_of_all_kinds_of_run(arguments, tmp_path, capsys):
+    for method in ("lora", "llaca", "multi_task", "zero_shot"):
+        run(load_recipe([*arguments[:-1], method, "--method", method]))
+    report(["--runs-dir", str(tmp_path / "runs")])
+    printed = capsys.readouterr().out
+    for label in ("lora", "llaca (eq45) + grouping", "multi_task", "zero_shot", "Question-only majority"):
+        assert f"\n{label}" in printed
+    A, stages, tasks = read_matrix(tmp_path / "runs" / "lora" / "matrix.csv")
+    assert tasks == TASKS and stages == ["01-ScienceQA", "02-TextVQA", "03-GQA"]
+    assert np.isnan(A[np.triu_indices(3, 1)]).all() and not np.isnan(A[np.tril_indices(3)]).any()
+    assert read_matrix(tmp_path / "runs" / "zero_shot" / "matrix.csv")[0].shape == (1, 3)
+    metrics = json.loads((tmp_path / "runs" / "llaca" / "metrics.json").read_text())
+    assert set(metrics) == {"Avg.ACC", "Forgetting", "New.ACC", "MAA", "BWT", "per_task"}
+    assert (tmp_path / "runs" / "tables" / "table.tex").is_file()
+    # ScienceQA's parameters are untouched by the other groups: one answer file serves three cells.
+    assert len(list((tmp_path / "runs" / "llaca" / "answers").rglob("ScienceQA.jsonl"))) == 1
+    assert len(list((tmp_path / "runs" / "lora" / "answers").rglob("ScienceQA.jsonl"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record.update(image="TextVQA/train/none.png"), "none.png"),
+        (lambda record: record["conversations"].pop(), "alternate"),
+        (lambda record: record["conversations"][1].update(value=" "), "answer 1 is empty"),
+    ],
+    ids=["missing image", "no answer", "empty answer"],
+)
+def test_a_broken_record_of_the_last_task_stops_before_the_first_is_trained(arguments, mini, change, message):
+    path = mini / "Instructions" / "GQA" / "train.json"
+    good = path.read_text()
+    records = json.loads(good)
+    change(records[7])
+    try:
+        path.write_text(json.dumps(records))
+        with pytest.raises(DataError, match=r"GQA/train\.json") as error:
+            run(load_recipe([*arguments, "--method", "lora"]))
+    finally:
+        path.write_text(good)
+    assert message in str(error.value) and "record 7" in str(error.value)
+    assert not list(Path(arguments[3]).glob("*/stages/*"))
+
+
+def test_an_unknown_task_is_named(arguments):
+    with pytest.raises(FileNotFoundError, match="no folder Cooking"):
+        run(load_recipe([*arguments, "--method", "lora", "--tasks", "GQA", "Cooking"]))
+
+
+def test_launch_without_a_method_trains_lora_and_llaca():
+    names = [recipe.run.run for recipe, _ in commands(["--seed", "3"])]
+    assert names == ["lora-seed3", "llaca-seed3"]
+    assert [recipe.run.run for recipe, _ in commands(["--run", "x"])] == ["x-lora", "x-llaca"]
+    assert [recipe.run.run for recipe, _ in commands(["--run", "x", "--method", "lora"])] == ["x"]
+
+
+@pytest.mark.parametrize(("samples", "epochs", "accumulation"), [(24, 1, 1), (25, 2, 1), (24, 1, 2), (40, 1.5, 2)])
+def test_the_steps_announced_are_the_steps_made(arguments, samples, epochs, accumulation):
+    line = [*arguments, "--method", "lora", "--tasks", "TextVQA", "--epochs", str(epochs), "--max-train-samples"]
+    recipe = load_recipe([*line, str(samples), "--gradient-accumulation", str(accumulation)])
+    folder = run(recipe)
+    made = json.loads((folder / "stages" / "01-TextVQA" / "stage.json").read_text())["steps"]
+    assert made == stage_steps(recipe.train, min(samples, 24))
