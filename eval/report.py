@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from eval.figures import accuracy_heatmap, accuracy_over_stages, average_vs_forgetting
 from eval.predict import Run, answer_file, open_run, predict
@@ -67,7 +68,7 @@ def score_run(run: Run) -> dict:
 def method_label(run: Run) -> str:
     """What a table calls the run's method: its name, the rule of its average, and grouping where it is used."""
     method = run.recipe.method
-    rule = {"fixed_ema": f" {method.beta:g}", "llaca": f" ({method.average})"}.get(method.method, "")
+    rule = {"fixed_ema": f" {method.beta}", "llaca": f" ({method.average})"}.get(method.method, "")
     return method.method + rule + (" + grouping" if method.grouping else "")
 
 
@@ -89,8 +90,35 @@ def summary(runs: list[Run], metrics: dict[str, dict], out: Path | None) -> str:
         out.mkdir(parents=True, exist_ok=True)
         for suffix, render in FORMATS.items():
             (out / f"table.{suffix}").write_text(render(table), encoding="utf-8")
+        facts(runs, metrics).to_csv(out / "runs.csv", index=False, float_format="%.4g")
         draw(methods, metrics, out)
     return table.text()
+
+
+def facts(runs: list[Run], metrics: dict[str, dict]) -> pd.DataFrame:
+    """What lies behind a table, a row per run: commit, minutes of training, figures, and how often beta fell back."""
+    rows = []
+    for run in runs:
+        stories = [json.loads((stage.folder / "stage.json").read_text(encoding="utf-8")) for stage in run.stages]
+        averaged = [story for story in stories if story["averaged"]]
+        rows.append(
+            {
+                "run": run.name,
+                "method": method_label(run),
+                "seed": run.recipe.run.seed,
+                "commit": json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))["commit"],
+                "minutes": sum(story["seconds"] for story in stories) / 60,
+                "steps": sum(story["steps"] for story in stories),
+                **{key: metrics[run.name][key] for key in ("Avg.ACC", "Forgetting", "New.ACC", "MAA", "BWT")},
+                "averaged stages": len(averaged),
+                **{
+                    key: np.average([s[key] for s in averaged], weights=[s["steps"] for s in averaged])
+                    for key in ("beta_median", "beta_fallback_share")
+                    if averaged
+                },
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def draw(methods: dict[str, list[Run]], metrics: dict[str, dict], out: Path) -> None:

@@ -94,30 +94,26 @@ class MethodConfig:
     grouping: bool = field(
         default=False, metadata={"help": "share parameters only between tasks with similar instructions"}
     )
-    similarity_threshold: float = field(
-        default=-1.0,
-        metadata={
-            "help": "a task joins a group from this similarity on; -1: 0.90 for original instructions, 0.30 for others, as released"
-        },
+    similarity_threshold: float | None = field(
+        default=None,
+        metadata={"help": "of joining a group; unset: as released, 0.90 for original instructions, else 0.30"},
     )
     new_group_start: Literal["latest", "fresh"] = field(
         default="latest",
-        metadata={
-            "help": "a new group starts from the latest trained parameters (Algorithm 1, released scripts) or from fresh ones (the paper's text)"
-        },
+        metadata={"help": "start of a new group: latest parameters (Algorithm 1) or fresh ones (the paper's text)"},
     )
-    average: str = field(default="eq45", metadata={"help": "rule of the balance weight beta, see llaca/ema.py"})
-    average_start: Literal["stage_start", "after_first_step"] = field(
-        default="stage_start",
-        metadata={"help": "theta*_0: the stage's start (the paper) or the weights after the first step (the release)"},
+    average: str | None = field(default=None, metadata={"help": "rule of the balance weight beta, see llaca/ema.py"})
+    average_start: str | None = field(
+        default=None,
+        metadata={"help": "stage_start (the paper) or after_first_step (the release); unset: the rule's own"},
     )
-    beta: float = field(default=0.99, metadata={"help": "weight of the old average where the rule is 'fixed'"})
-    fallback_beta: float = field(
-        default=0.99, metadata={"help": "weight of the old average where beta falls outside (0, 1)"}
+    fallback_beta: float | None = field(
+        default=None, metadata={"help": "beta where the rule gives none in (0, 1); unset: the rule's own, mostly 0.99"}
     )
-    horizon: float = field(
-        default=1.0,
-        metadata={"help": "horizon of the rule 'secant', in stages: its mu is horizon x steps of the stage - 1"},
+    beta: float | None = field(default=None, metadata={"help": "beta of the rule 'fixed'"})
+    constant: float | None = field(default=None, metadata={"help": "constant of the rules of the released codes"})
+    horizon: float | None = field(
+        default=None, metadata={"help": "horizon of the rule 'secant' in stages: its mu_rel is horizon x steps - 1"}
     )
 
 

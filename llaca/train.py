@@ -199,7 +199,7 @@ def run(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
     records = load_stream(recipe, stages)
     student = load_student(recipe, records)
     threshold = recipe.method.similarity_threshold
-    codebook = Codebook(THRESHOLDS[recipe.stream.instructions] if threshold < 0 else threshold)
+    codebook = Codebook(THRESHOLDS[recipe.stream.instructions] if threshold is None else threshold)
     pool = Pool(recipe.method.grouping, codebook, recipe.method.new_group_start)
     total = sum(
         stage_steps(recipe.for_task(stage.tasks[0]), sum(len(records[t]) for t in stage.tasks)) for stage in stages

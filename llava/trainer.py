@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
+from transformers.utils import ModelOutput
 
 from llava.conversation import IGNORE
 from llava.dataset import Collator, InstructionDataset
@@ -43,8 +44,8 @@ def training_arguments(output_dir: str | Path, **settings) -> TrainingArguments:
 class StepHooks:
     """What a method may do during training; every hook does nothing unless overridden."""
 
-    def loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], outputs) -> torch.Tensor | None:
-        """Return a term to add to the loss of one micro-batch.
+    def loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], outputs: ModelOutput) -> torch.Tensor | None:
+        """Return a term to add to the loss of one micro-batch; accumulated micro-batches are averaged.
 
         `inputs` is the batch as the collator made it; `outputs.logits` is `[supervised tokens, vocabulary]`, the rows
         in the order of the supervised labels.
@@ -140,7 +141,9 @@ class LlavaTrainer(Trainer):
             loss = loss + _no_gradient(model)
         extra = self.hooks.loss(model, {**inputs, "labels": labels}, outputs)
         if extra is not None:
-            loss = loss + extra
+            # The Trainer divides a local loss by the accumulation steps, and takes a global one as it is.
+            shares = self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
+            loss = loss + extra / shares
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs) -> int:
@@ -148,7 +151,9 @@ class LlavaTrainer(Trainer):
         return 0
 
 
-def supervised_logits(model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor):
+def supervised_logits(
+    model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor
+) -> tuple[ModelOutput, torch.Tensor]:
     """Run `model` and return its outputs and targets for the positions that predict a supervised token.
 
     `labels` is `[batch, length]`; `outputs.logits` is `[tokens, vocabulary]` and the targets are `[tokens]`.

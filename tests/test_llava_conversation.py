@@ -131,22 +131,9 @@ def test_tokenizer_without_image_token_is_refused(original):
         encode(plain, original.samples[0].turns, 1, 2048)
 
 
-def test_an_answer_the_tokenizer_cannot_express_is_refused(original):
-    class Forgetful:
-        def __init__(self, inner):
-            self.inner = inner
-
-        def __getattr__(self, name):
-            return getattr(self.inner, name)
-
-        def __call__(self, *args, **kwargs):
-            return self.inner(*args, **kwargs)
-
-        def decode(self, ids, **kwargs):
-            return self.inner.decode(ids[1:], **kwargs)
-
+def test_an_answer_that_would_end_its_turn_early_is_refused(original):
     with pytest.raises(ValueError, match="cannot express"):
-        encode(Forgetful(original.processor.tokenizer), original.samples[0].turns, 1, 2048)
+        encode(original.processor.tokenizer, [("q", "dog</s>cat")], 1, 2048)
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -148,7 +148,7 @@ def test_items_equal_the_encoding_of_their_turns(tiny, tiny_data):
     processor = tiny[1]
     samples = load_samples(tiny_data / "train.json", tiny_data)
     dataset = InstructionDataset(samples, processor, image_tokens=36, max_length=512)
-    assert len(dataset) == 16 and dataset.modality_lengths[9:11] == [14, -4]
+    assert len(dataset) == 16 and dataset.modality_lengths[9:11] == [15, -4]
     for sample, item in zip(samples, dataset, strict=True):
         encoded = encode(processor.tokenizer, sample.turns, 36, 512)
         assert item["input_ids"].tolist() == encoded.input_ids and item["labels"].tolist() == encoded.labels

@@ -30,14 +30,16 @@ class MovingAverage(Method):
     def before_task(self, matched: bool, parameters: dict[str, nn.Parameter], steps: int) -> None:
         self.average = None
         if matched:
-            own = {"fixed": {"beta": self.config.beta}, "secant": {"mu_rel": self.config.horizon * steps - 1}}
+            own = {"beta": self.config.beta, "constant": self.config.constant}
+            if self.config.horizon is not None:
+                own["mu_rel"] = self.config.horizon * steps - 1
             self.average = DynamicAverage(
                 list(parameters),
                 list(parameters.values()),
                 self.config.average,
                 self.config.fallback_beta,
                 self.config.average_start,
-                **own.get(self.config.average, {}),
+                **{key: value for key, value in own.items() if value is not None},
             )
 
     def after_step(self, parameters: dict[str, nn.Parameter]) -> None:

@@ -21,7 +21,7 @@ class Method:
         self.config = config
 
     def before_task(self, matched: bool, parameters: dict[str, nn.Parameter], steps: int) -> None:
-        """Before a stage of `steps` optimizer steps; `matched`: it starts from the parameter set that it continues."""
+        """Before a stage of `steps` optimizer steps; `matched`: it continues a parameter set of the pool."""
 
     def loss(self, model: nn.Module, inputs: dict, outputs) -> torch.Tensor | None:
         """A term added to the loss of a micro-batch, or None."""
