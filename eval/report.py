@@ -68,8 +68,11 @@ def score_run(run: Run) -> dict:
 def method_label(run: Run) -> str:
     """What a table calls the run's method: its name, the rule of its average, and grouping where it is used."""
     method = run.recipe.method
-    rule = {"fixed_ema": f" {method.beta}", "llaca": f" ({method.average})"}.get(method.method, "")
-    return method.method + rule + (" + grouping" if method.grouping else "")
+    options = {"beta": method.beta, "constant": method.constant, "horizon": method.horizon}
+    rule = ", ".join(
+        [f"{method.average}", *(f"{key} {value:g}" for key, value in options.items() if value is not None)]
+    )
+    return method.method + (f" ({rule})" if method.average else "") + (" + grouping" if method.grouping else "")
 
 
 def comparable(run: Run) -> tuple:

@@ -182,7 +182,9 @@ def load_recipe(arguments: list[str]) -> Recipe:
     `--recipe FILE` (default: CoIN-mini), then the file of `--method` (or of the recipe's method), then, with
     `--smoke`, configs/smoke.yaml, then the other `--field value` pairs. Raises ValueError for unknown fields or tasks.
     """
-    parser = HfArgumentParser(SECTIONS, description="Trains one run: a stream of tasks with one method.")
+    parser = HfArgumentParser(
+        SECTIONS, allow_abbrev=False, description="Trains one run: a stream of tasks with one method."
+    )
     parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, help="YAML file")
     parser.add_argument("--smoke", action="store_true", help="a few samples a task: the whole pipeline in minutes")
     chooser = ArgumentParser(add_help=False, allow_abbrev=False)

@@ -122,7 +122,7 @@ def train_stage(
     )
     parameters = trainable_parameters(student.model)
     steps = stage_steps(settings, len(samples))
-    stage_seed = 1000 * recipe.run.seed + stage.index
+    stage_seed = 10_000 * recipe.run.seed + 100 * stage.index  # room for an epoch's own number
     set_seed(stage_seed)
     method.before_task(choice.matched, parameters, steps)
     trainer = LlavaTrainer(

@@ -275,7 +275,8 @@ def run_phase(name: str, wrapped: nn.Module, batches: Batches, steps: int, batch
             seconds = time.time() - start
             print(
                 f"{name} {step}/{steps} language {recent[0]:.4f} patches {recent[1]:.4f} lr {args.lr * scale:.1e} "
-                f"{step * batch * args.world / seconds:.0f} samples/s, {seconds / step * (steps - step) / 60:.0f} min left",
+                f"{step * batch * args.world / seconds:.0f} samples/s, "
+                f"{seconds / step * (steps - step) / 60:.0f} min left",
                 flush=True,
             )
         if args.rank == 0 and step % 1000 == 0:

@@ -59,8 +59,8 @@ def true_or_false_relation(rng: random.Random, scene: Scene) -> tuple[Thing, str
 
 
 def bigger_pair(rng: random.Random, scene: Scene) -> tuple[Thing, Thing] | None:
-    """(bigger, smaller) with at least 8 pixels between their sizes, or None."""
-    pairs = [(a, b) for a in scene.things for b in scene.things if a.size >= b.size + 8]
+    """(bigger, smaller) of different names with at least 8 pixels between their sizes, or None."""
+    pairs = [(a, b) for a in scene.things for b in scene.things if a.size >= b.size + 8 and a.name != b.name]
     return rng.choice(pairs) if pairs else None
 
 

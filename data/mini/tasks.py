@@ -34,15 +34,16 @@ def science_qa(rng: random.Random) -> Sample:
         options, answer = _choices(rng, scene.things[0].name, list(PORTRAIT_NAMES))
         question = "Which of these is in the picture?"
     elif form < 0.65:
-        scene = scenes.portrait(rng, tuple(CATEGORY_OF))
-        options, answer = _choices(rng, CATEGORY_OF[scene.things[0].name], sorted(set(CATEGORY_OF.values())))
+        kind = rng.choice(sorted(set(CATEGORY_OF.values())))  # every kind as often: no blind guess pays
+        scene = scenes.portrait(rng, tuple(name for name in CATEGORY_OF if CATEGORY_OF[name] == kind))
+        options, answer = _choices(rng, kind, sorted(set(CATEGORY_OF.values())))
         question = "What kind of thing is in the picture?"
     else:
-        right = rng.choice(list(CATEGORY_OF))
-        others = [name for name, kind in CATEGORY_OF.items() if kind != CATEGORY_OF[right]]
+        kind = rng.choice(sorted(set(CATEGORY_OF.values())))
+        right = rng.choice([name for name in CATEGORY_OF if CATEGORY_OF[name] == kind])
+        others = [name for name in CATEGORY_OF if CATEGORY_OF[name] != kind]
         options, answer = _choices(rng, right, [right, *others])
-        article = "an" if CATEGORY_OF[right][0] in "ai" else "a"
-        question = f"Which of these is {article} {CATEGORY_OF[right]}?"
+        question = f"Which of these is {'an' if kind[0] in 'ai' else 'a'} {kind}?"
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
     extras = {"question": question, "choices": options, "answer": answer}
     return Sample(scene, [("\n".join([question, *lines]), LETTERS[answer])], extras)

@@ -34,7 +34,7 @@ class Method:
         """Parameters have moved; `.grad` still holds the gradient that moved them."""
 
     def after_task(self, parameters: dict[str, nn.Parameter], folder: Path) -> dict:
-        """After a stage: may change the parameters in place and write traces into `folder`; what it did, for stage.json.
+        """After a stage: may change the parameters in place and write into `folder`; returns facts for stage.json.
 
         The key `averaged` says whether the parameters were changed, so that the trained ones are kept beside them.
         """
