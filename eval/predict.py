@@ -40,6 +40,12 @@ class Run:
     split: str
 
     @property
+    def complete(self) -> bool:
+        """Whether every task of the stream has been trained (or nothing is to be trained)."""
+        trained = sum(len(stage.tasks) for stage in self.stages)
+        return not METHODS[self.recipe.method.method].trains or trained == len(self.tasks)
+
+    @property
     def name(self) -> str:
         return self.folder.name
 
@@ -60,20 +66,18 @@ class Run:
 
 
 def open_run(folder: Path, split: str = "test") -> Run:
-    """Reads a run folder. Raises FileNotFoundError where there is no run, ValueError where nothing is trained yet."""
+    """Reads a run folder; of its stages those that are DONE. Raises FileNotFoundError where there is no run."""
     if not (folder / "recipe.yaml").is_file():
         raise FileNotFoundError(f"{folder}: no recipe.yaml, so no run; train one with train_continual.sh")
     recipe = Recipe.from_flat(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
     method = METHODS[recipe.method.method]
     stages = [stage for stage in stages_of(recipe, method.joint, folder) if stage.done] if method.trains else []
-    if method.trains and not stages:
-        raise ValueError(f"{folder}: no stage is DONE yet; type the training command again")
     return Run(folder, recipe, stages, split)
 
 
 def matrix_rows(run: Run, questions: dict[str, list[Question]]) -> list[tuple[str, dict[str, str]]]:
     """The rows of the accuracy matrix: (stage, {task: stage whose parameters answer it}) of every seen task."""
-    if not run.stages:
+    if not METHODS[run.recipe.method.method].trains:
         return [(BASE, dict.fromkeys(run.tasks, BASE))]
     rows, seen = [], []
     for stage in run.stages:
@@ -86,12 +90,18 @@ def matrix_rows(run: Run, questions: dict[str, list[Question]]) -> list[tuple[st
     return rows
 
 
+def missing_cells(run: Run) -> list[tuple[str, str]]:
+    """(stage whose parameters answer, task) of the answer files that the matrix needs and that are not there."""
+    rows = matrix_rows(run, {task: run.questions(task) for task in run.tasks})
+    wanted = dict.fromkeys((holder, task) for _, row in rows for task, holder in row.items())
+    return [cell for cell in wanted if not answer_file(run, *cell).is_file()]
+
+
 def predict(run: Run, batch_size: int = 64) -> list[tuple[str, dict[str, str]]]:
     """Fills the run's answer files and returns `matrix_rows`."""
     questions = {task: run.questions(task) for task in run.tasks}
     rows = matrix_rows(run, questions)
-    wanted = dict.fromkeys((holder, task) for _, row in rows for task, holder in row.items())
-    missing = [cell for cell in wanted if not answer_file(run, *cell).is_file()]
+    missing = missing_cells(run)
     if not missing:
         return rows
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,7 +110,7 @@ def predict(run: Run, batch_size: int = 64) -> list[tuple[str, dict[str, str]]]:
     base.to(device)
     features = None
     if model_config.reuse_vision_features:
-        paths = [q.image for _, task in missing for q in questions[task] if q.image]
+        paths = [q.image for asked in questions.values() for q in asked if q.image]  # all: the same batches every time
         features = cache_features(base, processor.image_processor, paths)
         use_features(base)
     with tqdm(total=sum(len(questions[task]) for _, task in missing), desc=run.name, unit="answer") as bar:

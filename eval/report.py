@@ -6,8 +6,10 @@ seeds of a method taken together. Runs whose streams differ get tables of their 
 
 import argparse
 import json
+import os
 import sys
 from collections import defaultdict
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from eval.figures import accuracy_heatmap, accuracy_over_stages, average_vs_forgetting
-from eval.predict import Run, answer_file, open_run, predict
+from eval.predict import Run, answer_file, missing_cells, open_run, predict
 from eval.score import majority_baseline, read_answers, score_task
 from eval.tables import Table, method_row, read_matrix, results_table, write_matrix, write_metrics
 from eval.tasks import MODES
@@ -29,7 +31,10 @@ def output_folder(run: Run) -> Path:
 
 
 def score_run(run: Run) -> dict:
-    """Answers what is missing, scores every cell, writes the run's files; returns its metrics."""
+    """Answers what is missing, scores every cell, writes the run's files; returns its metrics.
+
+    A run that is not complete gets the matrix of its stages so far and, for want of a last row, no metrics.json.
+    """
     rows = predict(run)
     stream, folder = run.recipe.stream, output_folder(run)
     folder.mkdir(exist_ok=True)
@@ -39,7 +44,7 @@ def score_run(run: Run) -> dict:
         answers = read_answers(answer_file(run, holder, task))
         return score_task(task, answers, stream.data_root, stream.instructions, run.split, stream.max_test_samples)
 
-    tasks = run.tasks if len(rows) == 1 else run.tasks[: len(rows)]
+    tasks = list(rows[-1][1])
     A = np.full((len(rows), len(tasks)), np.nan)
     cells = []
     for j, (stage, row) in enumerate(rows):
@@ -62,17 +67,18 @@ def score_run(run: Run) -> dict:
     write_matrix(folder / "matrix.csv", A, [stage for stage, _ in rows], tasks)
     (folder / "figures").mkdir(exist_ok=True)
     accuracy_heatmap(A, tasks, run.name, folder / "figures" / "accuracy_matrix.png")
-    return write_metrics(folder / "metrics.json", A, tasks)
+    (folder / "metrics.json").unlink(missing_ok=True)
+    return write_metrics(folder / "metrics.json", A, tasks) if run.complete else {}
 
 
 def method_label(run: Run) -> str:
-    """What a table calls the run's method: its name, the rule of its average, and grouping where it is used."""
+    """What a table calls the run's method: its name, the rule of its average, grouping, and what else was chosen."""
     method = run.recipe.method
-    options = {"beta": method.beta, "constant": method.constant, "horizon": method.horizon}
-    rule = ", ".join(
-        [f"{method.average}", *(f"{key} {value:g}" for key, value in options.items() if value is not None)]
-    )
-    return method.method + (f" ({rule})" if method.average else "") + (" + grouping" if method.grouping else "")
+    hidden = {"method", "grouping", "average"}
+    told = [f for f in fields(method) if f.name not in hidden and getattr(method, f.name) != f.default]
+    chosen = [f"{f.name} {getattr(method, f.name)}" for f in told]
+    rule = ", ".join([*([method.average] if method.average else []), *chosen])
+    return method.method + (f" ({rule})" if rule else "") + (" + grouping" if method.grouping else "")
 
 
 def comparable(run: Run) -> tuple:
@@ -80,21 +86,27 @@ def comparable(run: Run) -> tuple:
     return tuple(map(str, (run.recipe.stream, run.recipe.model, run.recipe.train, run.split)))
 
 
-def summary(runs: list[Run], metrics: dict[str, dict], out: Path | None) -> str:
-    """The table over comparable runs, seeds taken together; files and figures into `out` if given."""
+def summary(runs: list[Run], metrics: dict[str, dict], out: Path, paper: bool = False) -> str:
+    """The table over comparable runs, seeds taken together; files and figures into `out`."""
     stream, split = runs[0].recipe.stream, runs[0].split
     methods: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        methods[method_label(run)].append(run)
-    baseline = {t: majority_baseline(t, stream.data_root, stream.instructions, split) for t in stream.tasks}
+        label = method_label(run)
+        seeds = [other.recipe.run.seed for other in methods[label]]
+        methods[f"{label} [{run.name}]" if run.recipe.run.seed in seeds else label].append(run)
+    baseline = {
+        t: majority_baseline(t, stream.data_root, stream.instructions, split, stream.max_test_samples)
+        for t in stream.tasks
+    }
     rows = [method_row(label, [metrics[run.name] for run in members]) for label, members in methods.items()]
-    table = results_table(rows, baseline)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        for suffix, render in FORMATS.items():
-            (out / f"table.{suffix}").write_text(render(table), encoding="utf-8")
-        facts(runs, metrics).to_csv(out / "runs.csv", index=False, float_format="%.4g")
-        draw(methods, metrics, out)
+    table = results_table(rows, baseline, paper)
+    behind = facts(runs, metrics)
+    table = replace(table, notes=(*table.notes, *fallback_notes(behind)))
+    out.mkdir(parents=True, exist_ok=True)
+    for suffix, render in FORMATS.items():
+        (out / f"table.{suffix}").write_text(render(table), encoding="utf-8")
+    behind.to_csv(out / "runs.csv", index=False, float_format="%.4g")
+    draw(methods, metrics, out)
     return table.text()
 
 
@@ -124,8 +136,20 @@ def facts(runs: list[Run], metrics: dict[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def fallback_notes(behind: pd.DataFrame) -> list[str]:
+    """How often the rule of each averaging method gave no beta in its range, for the lines under the table."""
+    if "beta_fallback_share" not in behind:
+        return []
+    means = behind.dropna(subset=["beta_fallback_share"]).groupby("method", sort=False).mean(numeric_only=True)
+    return [
+        f"{method}: beta fell back in {100 * row['beta_fallback_share']:.1f} % of tensor-steps; "
+        f"median beta {row['beta_median']:.4g}."
+        for method, row in means.iterrows()
+    ]
+
+
 def draw(methods: dict[str, list[Run]], metrics: dict[str, dict], out: Path) -> None:
-    """The figures over methods: accuracy of each task over the stages (mean over seeds), Avg.ACC against Forgetting."""
+    """The figures over methods: accuracy over the stages (mean over seeds), Avg.ACC against Forgetting."""
     lines, points = {}, {}
     for label, members in methods.items():
         matrices = [read_matrix(output_folder(run) / "matrix.csv")[0] for run in members]
@@ -137,11 +161,6 @@ def draw(methods: dict[str, list[Run]], metrics: dict[str, dict], out: Path) -> 
         average_vs_forgetting(points, out / "average_vs_forgetting.png")
 
 
-def complete(run: Run) -> bool:
-    """Whether every task of the stream has been trained (or nothing is to be trained)."""
-    return not run.stages or sum(len(stage.tasks) for stage in run.stages) == len(run.tasks)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="eval_all.sh", description=__doc__.splitlines()[0])
@@ -151,24 +170,43 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for the tables and figures over runs; default: RUNS_DIR/tables"
     )
+    parser.add_argument("--paper", action="store_true", help="add the rows of the paper's Table 1")
     options = parser.parse_args(arguments)
     names = options.run or sorted(p.parent.name for p in options.runs_dir.glob("*/recipe.yaml"))
     if not names:
         sys.exit(f"{options.runs_dir}: no runs; train one with: bash train_continual.sh")
-    runs = [open_run(options.runs_dir / name, options.split) for name in names]
-    metrics = {run.name: score_run(run) for run in runs}
+    try:
+        report([options.runs_dir / name for name in names], options)
+    except (ValueError, OSError) as error:
+        if os.environ.get("LLACA_TRACEBACK"):
+            raise
+        sys.exit(f"eval.report: {error}\n(LLACA_TRACEBACK=1 shows where)")
+
+
+def report(folders: list[Path], options: argparse.Namespace) -> None:
+    """Scores the runs and prints a table for every set of comparable ones."""
+    runs, metrics = [], {}
+    for folder in folders:
+        run = open_run(folder, options.split)
+        if not run.complete:
+            print(f"{run.name}: {len(run.stages)} stages are done, the stream is not; it is in no table yet")
+        if run.complete or run.stages:
+            runs.append(run)
+    cells = sum(len(missing_cells(run)) for run in runs)
+    if cells:
+        print(f"{len(runs)} runs, {cells} test sets to answer: CoIN-mini takes about a second each", flush=True)
+    for run in runs:
+        metrics[run.name] = score_run(run)
     tables: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
-        if complete(run):
+        if run.complete:
             tables[comparable(run)].append(run)
-        else:
-            print(f"{run.name}: {len(run.stages)} of {len(run.tasks)} stages are done; it is in no table yet")
     out = options.out or options.runs_dir / "tables"
     for number, members in enumerate(tables.values(), start=1):
         where = out if len(tables) == 1 else out / str(number)
         stream = members[0].recipe.stream
         print(f"\n{stream.data_root}, {stream.order} order, {stream.instructions} instructions, {options.split} split")
-        print(summary(members, metrics, where))
+        print(summary(members, metrics, where, options.paper))
         print(f"Tables (txt, md, csv, tex) and figures: {where}")
 
 

@@ -3,10 +3,11 @@
 `--help` lists every field with its meaning and default; YAML files hold overrides only.
 """
 
+import re
 from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser
@@ -23,10 +24,12 @@ class ModelConfig:
     lora_rank: int = field(default=128, metadata={"help": "rank r of LoRA on every linear of the language model"})
     lora_alpha: int = field(default=256, metadata={"help": "LoRA scale is alpha / rank"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout before LoRA A"})
-    attention: str = field(
-        default="sdpa", metadata={"help": "attention implementation: sdpa, eager, flash_attention_2"}
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = field(
+        default="sdpa", metadata={"help": "attention implementation"}
     )
-    dtype: str = field(default="bfloat16", metadata={"help": "of the frozen base; what is trained is float32"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="bfloat16", metadata={"help": "of the frozen base; what is trained is float32"}
+    )
     reuse_vision_features: bool = field(
         default=False,
         metadata={"help": "compute the frozen vision tower's features once per picture and keep them in memory"},
@@ -62,7 +65,9 @@ class TrainConfig:
     gradient_accumulation: int = field(default=1, metadata={"help": "micro-batches per optimizer step"})
     learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate of LoRA"})
     projector_learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate of the projector"})
-    schedule: str = field(default="cosine", metadata={"help": "learning-rate schedule, a transformers name"})
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = field(
+        default="cosine", metadata={"help": "learning-rate schedule"}
+    )
     warmup_ratio: float = field(default=0.03, metadata={"help": "share of a stage's steps with rising learning rate"})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay"})
     max_grad_norm: float = field(
@@ -98,6 +103,9 @@ class MethodConfig:
         default=None,
         metadata={"help": "of joining a group; unset: as released, 0.90 for original instructions, else 0.30"},
     )
+    group_similarity: Literal["mean", "max"] = field(
+        default="mean", metadata={"help": "of a group: mean over all pairs (released, Table 10) or max (the text)"}
+    )
     new_group_start: Literal["latest", "fresh"] = field(
         default="latest",
         metadata={"help": "start of a new group: latest parameters (Algorithm 1) or fresh ones (the paper's text)"},
@@ -127,9 +135,8 @@ class RunConfig:
     )
     runs_dir: str = field(default="runs", metadata={"help": "folder of the run folders"})
     seed: int = field(default=0, metadata={"help": "the run is a function of its recipe and this number"})
-    report_to: str = field(
-        default="none",
-        metadata={"help": "none, tensorboard or wandb (offline unless WANDB_MODE says otherwise)"},
+    report_to: Literal["none", "tensorboard", "wandb"] = field(
+        default="none", metadata={"help": "where else to log; wandb is offline unless WANDB_MODE says otherwise"}
     )
     expected_minutes: float = field(
         default=0.0,
@@ -161,16 +168,38 @@ class Recipe:
         parts = [section(**{f.name: values[f.name] for f in fields(section)}) for section in SECTIONS]
         return cls(*parts)
 
-    def for_task(self, task: str) -> TrainConfig:
-        """The training section with the task's own overrides."""
-        return TrainConfig(**{**asdict(self.train), **self.train.per_task.get(task, {})})
+    def for_stage(self, tasks: tuple[str, ...]) -> TrainConfig:
+        """The training section of a stage: with a single task, that task's own overrides."""
+        own = self.train.per_task.get(tasks[0], {}) if len(tasks) == 1 else {}
+        return TrainConfig(**{**asdict(self.train), **own})
+
+    def check(self) -> "Recipe":
+        """Itself. Raises ValueError naming the field whose value is not one of the known ones."""
+        for section in SECTIONS:
+            for f in fields(section):
+                value = self.flat()[f.name]
+                if get_origin(f.type) is Literal and value not in get_args(f.type):
+                    raise ValueError(f"{f.name}: {value!r} is not known; choose one of {', '.join(get_args(f.type))}")
+        tasks = self.stream.tasks
+        if not tasks or len(set(tasks)) != len(tasks):
+            raise ValueError(f"tasks: {tasks} must be at least one, each once")
+        for task, own in self.train.per_task.items():
+            if unknown := set(own) - {f.name for f in fields(TrainConfig)}:
+                raise ValueError(f"per_task.{task}: '{unknown.pop()}' is no field of the training section")
+        return self
 
 
 def read_yaml(path: Path) -> dict:
     """One YAML recipe as {field: value}. Raises ValueError naming the file and the unknown field."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe; configs/ holds those that ship")
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     known = {f.name for section in SECTIONS for f in fields(section)} | {"methods"}
     unknown = [key for key in content if key not in known]
+    for method, own in content.get("methods", {}).items():
+        if not (CONFIGS / "methods" / f"{method}.yaml").is_file():
+            raise ValueError(f"{path}: methods names '{method}', which is not known; see configs/methods/")
+        unknown += [key for key in own if key not in known]
     if unknown:
         raise ValueError(f"{path}: unknown field '{unknown[0]}'; `python -m llaca.train --help` lists the known ones")
     return content
@@ -206,18 +235,19 @@ def load_recipe(arguments: list[str]) -> Recipe:
     for action in parser._actions:
         action.required = action.required and action.dest not in values
     parser.set_defaults(**values)
-    *sections, _ = parser.parse_args_into_dataclasses(arguments)
-    recipe = Recipe(*sections)
+    recipe = Recipe(*parser.parse_args_into_dataclasses(arguments)[: len(SECTIONS)])
     if not recipe.run.run:
-        recipe.run.run = run_name(recipe, chosen.smoke, values.get("grouping", MethodConfig.grouping))
-    return recipe
+        parser.set_defaults(**values)
+        usual = Recipe(*parser.parse_args_into_dataclasses([])[: len(SECTIONS)])
+        recipe.run.run = run_name(recipe, usual, chosen.smoke)
+    return recipe.check()
 
 
-def run_name(recipe: Recipe, smoke: bool, grouping: bool) -> str:
-    """A name that says how the run differs from the recipe's stream and from the method's own `grouping`."""
-    parts = [recipe.method.method]
-    if recipe.method.grouping != grouping:
-        parts.append("grouping" if recipe.method.grouping else "no-grouping")
-    parts += ["smoke"] * smoke
-    parts += [p for p in (recipe.stream.order, recipe.stream.instructions) if p != "original"]
-    return "-".join([*parts, f"seed{recipe.run.seed}"])
+def run_name(recipe: Recipe, usual: Recipe, smoke: bool) -> str:
+    """The method, what differs from what is `usual` for it in this recipe, and the seed."""
+    now, then, quiet = recipe.flat(), usual.flat(), {f.name for f in fields(RunConfig)} | {"method"}
+    changed = {key: now[key] for key in now if now[key] != then[key] and key not in quiet}
+    told = [str(changed.pop(key)) for key in ("order", "instructions") if key in changed]
+    told += [f"{key}-{value}" for key, value in changed.items()]
+    name = "-".join([recipe.method.method, *["smoke"] * smoke, *told, f"seed{recipe.run.seed}"])
+    return re.sub(r"[^\w.=-]+", "_", name)

@@ -1,4 +1,4 @@
-"""What train_continual.sh runs: says what is going to happen and how long it takes, then starts the runs.
+"""What train_continual.sh runs: says what is going to happen and how long it takes, checks the data, starts the runs.
 
 Without --method it trains LoRA and LLaCA. On a machine without GPU as many runs as there are cores go side by side,
 one thread each; with a GPU one after the other.
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from data.check import check_benchmark
+from data.mini.build import build, is_built
 from llaca.config import Recipe, load_recipe
 
 DEFAULT_METHODS = ("lora", "llaca")
@@ -45,7 +47,8 @@ def announce(runs: list[tuple[Recipe, list[str]]], side_by_side: int) -> None:
         )
     minutes = max(recipe.run.expected_minutes for recipe, _ in runs) * -(-len(runs) // side_by_side)
     if minutes:
-        print(f"About {minutes:g} minutes on the machine that the recipe was written for.", flush=True)
+        print(f"About {minutes:g} minutes of training on the machine that the recipe was written for.")
+    sys.stdout.flush()
 
 
 def run_all(runs: list[tuple[Recipe, list[str]]], side_by_side: int) -> int:
@@ -57,41 +60,53 @@ def run_all(runs: list[tuple[Recipe, list[str]]], side_by_side: int) -> int:
 
     def stop(signum, _):
         for child in active.values():
-            child.send_signal(signum)
-        sys.exit(128 + signum)
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        while active or (waiting and not status):
-            for line in sorted(set(range(side_by_side)) - set(active)):
-                if waiting and not status:
-                    _, command = waiting.pop(0)
-                    environment = {**os.environ, "LLACA_BAR": str(line)}
-                    active[line] = subprocess.Popen([sys.executable, "-m", "llaca.train", *command], env=environment)
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
-            for line, child in list(active.items()):
-                if child.poll() is not None:
-                    status = status or active.pop(line).returncode
-                    active.pop(line, None)
-    except KeyboardInterrupt:
+            child.terminate()
         for child in active.values():
             child.wait()
-        return 130
+        sys.exit(128 + signum)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, stop)
+    environment = {**os.environ, "LLACA_LAUNCHER": str(os.getpid())}
+    while active or (waiting and not status):
+        for line in sorted(set(range(side_by_side)) - set(active)):
+            if waiting and not status:
+                command = [sys.executable, "-m", "llaca.train", *waiting.pop(0)[1]]
+                active[line] = subprocess.Popen(command, env={**environment, "LLACA_BAR": str(line)})
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        for line, child in list(active.items()):
+            if child.poll() is not None:
+                status = status or child.returncode
+                del active[line]
     return status
 
 
 def main() -> None:
-    """Command line: that of llaca.train, where --method may be left out."""
+    """Command line: that of llaca.train, where --method may be left out. A smoke run is evaluated, too."""
     arguments = sys.argv[1:]
     if {"-h", "--help", "--list-methods"} & set(arguments):
         sys.exit(subprocess.call([sys.executable, "-m", "llaca.train", *arguments]))
-    runs = commands(arguments)
-    threads = int(os.environ.get("OMP_NUM_THREADS", 1))
-    side_by_side = 1 if torch.cuda.is_available() else max(1, min(len(runs), (os.cpu_count() or 1) // threads))
-    announce(runs, side_by_side)
-    if any(Path(recipe.stream.data_root) == MINI for recipe, _ in runs):
-        subprocess.run([sys.executable, "-m", "data.mini.build"], check=True)
-    sys.exit(run_all(runs, side_by_side))
+    try:
+        runs = commands(arguments)
+        threads = int(os.environ.get("OMP_NUM_THREADS", 1))
+        side_by_side = 1 if torch.cuda.is_available() else max(1, min(len(runs), (os.cpu_count() or 1) // threads))
+        announce(runs, side_by_side)
+        recipe = runs[0][0]
+        if Path(recipe.stream.data_root) == MINI and not is_built(MINI):
+            build(MINI)
+        stream = recipe.stream
+        counts = check_benchmark(stream.data_root, stream.instructions, stream.tasks)
+        print(f"{sum(map(sum, counts.values())):,} records checked", flush=True)
+    except (ValueError, OSError) as error:
+        if os.environ.get("LLACA_TRACEBACK"):
+            raise
+        sys.exit(f"train_continual.sh: {error}\n(LLACA_TRACEBACK=1 shows where)")
+    status = run_all(runs, side_by_side)
+    if not status and "--smoke" in arguments:
+        names = [recipe.run.run for recipe, _ in runs]
+        report = ["-m", "eval.report", "--runs-dir", recipe.run.runs_dir, "--run", *names]
+        status = subprocess.call([sys.executable, *report, "--out", f"{recipe.run.runs_dir}/tables/smoke"])
+    sys.exit(status)
 
 
 if __name__ == "__main__":

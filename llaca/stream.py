@@ -6,10 +6,18 @@ runs/<name>/recipe.yaml, environment.json
                                    train_log.jsonl, beta.csv, DONE (written last)
 """
 
+import ctypes
+import fcntl
+import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,6 +25,7 @@ from pathlib import Path
 
 import yaml
 
+from data.layout import train_file
 from llaca.config import Recipe
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "pillow")
@@ -37,7 +46,7 @@ class Stage:
 
 
 def ordered(tasks: list[str], order: str) -> list[str]:
-    """The tasks in the paper's `original`, `reverse` or `alphabet` order."""
+    """The tasks in the paper's `original`, `reverse` or `alphabet` order; the recipe has checked which."""
     if order == "alphabet":
         return sorted(tasks, key=str.lower)
     return list(reversed(tasks)) if order == "reverse" else list(tasks)
@@ -60,11 +69,19 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def run_folder(recipe: Recipe) -> Path:
+    """Where the run is."""
+    return Path(recipe.run.runs_dir) / recipe.run.run
+
+
 def open_run(recipe: Recipe) -> Path:
-    """The run's folder, with the recipe frozen in it. Raises ValueError if it was started with another recipe."""
-    folder = Path(recipe.run.runs_dir) / recipe.run.run
+    """The run's folder, with the recipe and the inputs' checksums frozen in it.
+
+    Raises ValueError, showing the difference, if it was started with another recipe, base model or data.
+    """
+    folder = run_folder(recipe)
     frozen = folder / "recipe.yaml"
-    now = recipe.flat()
+    now = {**recipe.flat(), "inputs": checksums(recipe)}
     where = ("runs_dir", "report_to", "expected_minutes")  # change nothing in the result
     if frozen.is_file():
         before = yaml.safe_load(frozen.read_text(encoding="utf-8"))
@@ -83,19 +100,57 @@ def open_run(recipe: Recipe) -> Path:
     return folder
 
 
+def checksums(recipe: Recipe) -> dict[str, str]:
+    """What the run is made from: SHA-256 of the base's weights (beyond 1 GB: their size) and of the training files."""
+    stream, sums = recipe.stream, {}
+    for path in sorted(Path(recipe.model.base).glob("*.safetensors")):
+        big = path.stat().st_size > 1 << 30
+        sums[path.name] = f"{path.stat().st_size} bytes" if big else hashlib.sha256(path.read_bytes()).hexdigest()
+    for task in stream.tasks:
+        content = train_file(stream.data_root, stream.instructions, task).read_bytes()
+        sums[task] = hashlib.sha256(content).hexdigest()
+    return sums
+
+
+@contextmanager
+def only_one(folder: Path, seconds: float = 10.0) -> Iterator[None]:
+    """Holds the run folder for this process. Raises BlockingIOError if another one keeps it for `seconds`."""
+    with (folder / ".lock").open("w") as lock:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BlockingIOError(f"{folder}: another process trains this run; wait for it or end it") from None
+                time.sleep(0.1)
+        yield
+
+
+def die_with_launcher() -> None:
+    """On Linux, ends this process when the launcher that started it is killed: nobody trains unseen."""
+    launcher = os.environ.get("LLACA_LAUNCHER")
+    if launcher and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(launcher):  # it was killed before the line above
+            sys.exit(f"the launcher (process {launcher}) is gone")
+
+
 def environment() -> dict:
-    """Where the numbers of a run come from: versions, commit, machine, time."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
+    """Where the numbers of a run come from: command, commit, versions, machine, time."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        git = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+        commit = git.stdout.strip() or "not a git checkout"
+    except FileNotFoundError:
+        commit = "unknown: git is not installed"
     return {
-        "commit": commit.stdout.strip() or "not a git checkout",
+        "command": sys.argv,
+        "commit": commit,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "threads": os.environ.get("OMP_NUM_THREADS", "unset"),
         **{package: version(package) for package in PACKAGES},
     }

@@ -5,19 +5,18 @@ back. A stage is made whole or not at all: after a kill the same command goes on
 and the result is the same, since everything random in a stage comes from the seed and the stage's number.
 """
 
-import gc
 import json
 import os
+import random
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from data.layout import image_root, train_file
 from llaca.config import Recipe, TrainConfig, load_recipe
@@ -25,7 +24,7 @@ from llaca.grouping import THRESHOLDS, Codebook, instruction_of
 from llaca.methods import METHODS
 from llaca.methods.base import Method
 from llaca.pool import Choice, Pool
-from llaca.stream import Stage, open_run, stages_of, write_atomically
+from llaca.stream import Stage, die_with_launcher, only_one, open_run, run_folder, stages_of, write_atomically
 from llava.dataset import InstructionDataset, Sample, load_samples
 from llava.features import FeatureCache, cache_features, use_features
 from llava.model import (
@@ -38,7 +37,6 @@ from llava.model import (
     set_adapter_state,
     trainable_parameters,
 )
-from llava.trainer import LlavaTrainer, training_arguments
 
 
 @dataclass
@@ -50,48 +48,57 @@ class Student:
     fresh: dict[str, torch.Tensor]
     features: FeatureCache | None
 
-
-class RunLog(TrainerCallback):
-    """One progress bar for the whole run, and the stage's train_log.jsonl."""
-
-    def __init__(self, bar: tqdm, stage: Stage, path: Path):
-        self.bar, self.stage, self.path = bar, stage, path
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        if "loss" in logs:
-            self.bar.set_postfix_str(f"{self.stage.name} loss {float(logs['loss']):.3f}")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update()
+    def dataset(self, samples: list[Sample], max_length: int, source: Path | str) -> InstructionDataset:
+        """The samples, tokenised. Raises DataError naming `source` for those that cannot be."""
+        tokens = image_tokens(self.model.config)
+        return InstructionDataset(samples, self.processor, tokens, max_length, self.features, source)
 
 
-def load_stream(recipe: Recipe, stages: list[Stage]) -> dict[str, list[Sample]]:
+def seed_everything(seed: int) -> None:
+    """Python's, numpy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def load_stream(recipe: Recipe) -> dict[str, list[Sample]]:
     """The training records of every task. All are validated before anything is trained (raises DataError)."""
-    limit = recipe.stream.max_train_samples or None
-    tasks = [task for stage in stages for task in stage.tasks]
-    root = recipe.stream.data_root
-    return {
-        task: load_samples(train_file(root, recipe.stream.instructions, task), image_root(root))[:limit]
-        for task in tqdm(tasks, desc="check records", leave=False, delay=3, unit="task")
-    }
+    stream, records = recipe.stream, {}
+    for task in tqdm(stream.tasks, desc="check records", leave=False, delay=3, unit="task"):
+        samples = load_samples(train_file(stream.data_root, stream.instructions, task), image_root(stream.data_root))
+        records[task] = samples[: stream.max_train_samples or None]
+    return records
 
 
 def load_student(recipe: Recipe, records: dict[str, list[Sample]]) -> Student:
     """The base model with fresh LoRA, and the pictures' features if the recipe reuses them."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, recipe.model.dtype)
-    model, processor = load_base(recipe.model.base, dtype, recipe.model.attention)
-    model.to(device)
+    config = recipe.model
+    model, processor = load_base(config.base, getattr(torch, config.dtype), config.attention)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     features = None
-    if recipe.model.reuse_vision_features:
+    if config.reuse_vision_features:
         paths = [sample.image for samples in records.values() for sample in samples if sample.image]
         features = cache_features(model, processor.image_processor, paths)
         use_features(model)
-    set_seed(recipe.run.seed)
-    model = attach_lora(model, recipe.model.lora_rank, recipe.model.lora_alpha, recipe.model.lora_dropout)
+    seed_everything(recipe.run.seed)
+    model = attach_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
     return Student(model, processor, adapter_state(model), features)
+
+
+def stage_datasets(
+    recipe: Recipe, stages: list[Stage], records: dict[str, list[Sample]], student: Student
+) -> dict[str, InstructionDataset]:
+    """The training set of every stage by its name, all tokenised before the first stage is trained."""
+    stream, single = recipe.stream, {}
+    for task, samples in records.items():
+        source = train_file(stream.data_root, stream.instructions, task)
+        single[task] = student.dataset(samples, recipe.for_stage((task,)).max_length, source)
+    return {
+        stage.name: single[stage.tasks[0]]
+        if len(stage.tasks) == 1
+        else student.dataset([s for t in stage.tasks for s in records[t]], recipe.train.max_length, stage.name)
+        for stage in stages
+    }
 
 
 def stage_steps(settings: TrainConfig, samples: int) -> int:
@@ -103,28 +110,25 @@ def stage_steps(settings: TrainConfig, samples: int) -> int:
 def train_stage(
     recipe: Recipe,
     stage: Stage,
-    samples: list[Sample],
+    dataset: InstructionDataset,
     student: Student,
     method: Method,
     choice: Choice,
     bar: tqdm,
     folder: Path,
 ) -> dict:
-    """Trains `samples` from the parameters that `choice` names; writes adapter/, plain/ and the logs into `folder`."""
+    """Trains `dataset` from the parameters that `choice` names; writes adapter/, plain/ and the logs into `folder`."""
+    from llava.trainer import LlavaTrainer, StepLog  # brings in PEFT and, where installed, bitsandbytes
+
     if choice.start is None:
         set_adapter_state(student.model, student.fresh)
     else:
         load_adapter(student.model, stage.folder.parent / choice.start / "adapter")
-    settings = recipe.for_task(stage.tasks[0]) if len(stage.tasks) == 1 else recipe.train
-    tokens = image_tokens(student.model.config)
-    dataset = InstructionDataset(
-        samples, student.processor, tokens, settings.max_length, student.features, source=stage.name
-    )
+    settings = recipe.for_stage(stage.tasks)
     parameters = trainable_parameters(student.model)
-    steps = stage_steps(settings, len(samples))
-    stage_seed = 10_000 * recipe.run.seed + 100 * stage.index  # room for an epoch's own number
-    set_seed(stage_seed)
-    method.before_task(choice.matched, parameters, steps)
+    stage_seed = 10_000 * recipe.run.seed + 100 * stage.index  # room for the number of an epoch
+    seed_everything(stage_seed)
+    method.before_task(choice.matched, parameters, stage_steps(settings, len(dataset)))
     trainer = LlavaTrainer(
         student.model,
         trainer_arguments(recipe, settings, stage, stage_seed, folder),
@@ -133,9 +137,8 @@ def train_stage(
         projector_lr=settings.projector_learning_rate,
         normalisation=settings.loss_normalisation,
         hooks=method,
-        callbacks=[RunLog(bar, stage, folder / "train_log.jsonl")],
+        callbacks=[StepLog(bar, stage.name, folder / "train_log.jsonl")],
     )
-    trainer.remove_callback(PrinterCallback)  # RunLog says it in one line
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started
@@ -143,14 +146,12 @@ def train_stage(
     report = method.after_task(parameters, folder)
     save_adapter(student.model, folder / "adapter")
     if report["averaged"]:
-        averaged = adapter_state(student.model)
         set_adapter_state(student.model, trained)
         save_adapter(student.model, folder / "plain")
-        set_adapter_state(student.model, averaged)
     return {
         "stage": stage.name,
         "tasks": list(stage.tasks),
-        "samples": len(samples),
+        "samples": len(dataset),
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
         "start": choice.start,
@@ -161,8 +162,15 @@ def train_stage(
 
 
 def trainer_arguments(recipe: Recipe, settings: TrainConfig, stage: Stage, seed: int, folder: Path):
-    """The recipe in transformers' words."""
+    """The recipe in transformers' words; where TensorBoard and W&B write is said by the environment."""
+    from llava.trainer import training_arguments
+
     cuda = torch.cuda.is_available()
+    logs = run_folder(recipe)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs / "tensorboard" / stage.name)
+    os.environ.update(WANDB_DIR=str(logs), WANDB_RUN_GROUP=recipe.run.run)
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_PROJECT", "llaca")
     return training_arguments(
         folder / "trainer",
         per_device_train_batch_size=settings.batch_size,
@@ -185,25 +193,34 @@ def trainer_arguments(recipe: Recipe, settings: TrainConfig, stage: Stage, seed:
     )
 
 
-def run(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
-    """Trains the run of `recipe` as far as it is not done yet, and returns its folder."""
+def run(recipe: Recipe) -> Path:
+    """Trains the run of `recipe` as far as it is not done yet, and returns its folder.
+
+    Raises, before anything is trained, DataError for a broken record and ValueError or FileNotFoundError for a recipe
+    that cannot be followed; BlockingIOError where another process trains this run.
+    """
     method = METHODS[recipe.method.method](recipe.method)
+    records = load_stream(recipe)
     folder = open_run(recipe)
     if not method.trains:
-        say(f"{recipe.run.run}: nothing to train")
         return folder
-    stages = stages_of(recipe, method.joint, folder)
-    if all(stage.done for stage in stages):
-        say(f"{recipe.run.run}: all {len(stages)} stages are done")
-        return folder
-    records = load_stream(recipe, stages)
+    with only_one(folder):
+        stages = stages_of(recipe, method.joint, folder)
+        if not all(stage.done for stage in stages):
+            train_stages(recipe, stages, records, method)
+    return folder
+
+
+def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, list[Sample]], method: Method) -> None:
+    """Walks the stream, past the stages that are done."""
     student = load_student(recipe, records)
+    datasets = stage_datasets(recipe, stages, records, student)
     threshold = recipe.method.similarity_threshold
-    codebook = Codebook(THRESHOLDS[recipe.stream.instructions] if threshold is None else threshold)
-    pool = Pool(recipe.method.grouping, codebook, recipe.method.new_group_start)
-    total = sum(
-        stage_steps(recipe.for_task(stage.tasks[0]), sum(len(records[t]) for t in stage.tasks)) for stage in stages
+    codebook = Codebook(
+        THRESHOLDS[recipe.stream.instructions] if threshold is None else threshold, recipe.method.group_similarity
     )
+    pool = Pool(recipe.method.grouping, codebook, recipe.method.new_group_start)
+    total = sum(stage_steps(recipe.for_stage(stage.tasks), len(datasets[stage.name])) for stage in stages)
     line = int(os.environ.get("LLACA_BAR", 0))  # of the terminal, where several runs share it
     with tqdm(total=total, desc=recipe.run.run, unit="step", position=line) as bar:
         for stage in stages:
@@ -211,13 +228,13 @@ def run(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
                 pool = Pool.from_json((stage.folder / "codebook.json").read_text(encoding="utf-8"))
                 bar.update(json.loads((stage.folder / "stage.json").read_text(encoding="utf-8"))["steps"])
             else:
-                complete_stage(recipe, stage, records, student, method, pool, bar)
-    return folder
+                complete_stage(recipe, stage, datasets[stage.name], records, student, method, pool, bar)
 
 
 def complete_stage(
     recipe: Recipe,
     stage: Stage,
+    dataset: InstructionDataset,
     records: dict[str, list[Sample]],
     student: Student,
     method: Method,
@@ -225,7 +242,6 @@ def complete_stage(
     bar: tqdm,
 ) -> None:
     """Trains one stage in a folder of its own and gives it its name, with DONE in it, when it is whole."""
-    samples = [sample for task in stage.tasks for sample in records[task]]
     wordings = {instruction_of(task, sample.turns[0][0]) for task in stage.tasks for sample in records[task]}
     instructions = sorted(wordings)
     choice = pool.choose(instructions)
@@ -233,14 +249,15 @@ def complete_stage(
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(stage.folder, ignore_errors=True)
     partial.mkdir(parents=True)
-    report = train_stage(recipe, stage, samples, student, method, choice, bar, partial)
+    report = train_stage(recipe, stage, dataset, student, method, choice, bar, partial)
     pool.put(choice, instructions, "+".join(stage.tasks), stage.name)
     write_atomically(partial / "stage.json", json.dumps(report, indent=1) + "\n")
     write_atomically(partial / "codebook.json", pool.to_json())
     shutil.rmtree(partial / "trainer", ignore_errors=True)
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()  # the next stage is a run of its own in this group
     partial.rename(stage.folder)
     (stage.folder / "DONE").touch()
-    gc.collect()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -249,11 +266,15 @@ def main(arguments: list[str] | None = None) -> None:
     if "--list-methods" in arguments:
         print(json.dumps(list(METHODS)))
         return
-    os.environ.setdefault("WANDB_MODE", "offline")
-    recipe = load_recipe(arguments)
-    say = tqdm.write
-    folder = run(recipe, say)
-    say(f"{recipe.run.run}: done, {folder}")
+    die_with_launcher()
+    try:
+        recipe = load_recipe(arguments)
+        folder = run(recipe)
+    except (ValueError, OSError) as error:
+        if os.environ.get("LLACA_TRACEBACK"):
+            raise
+        sys.exit(f"llaca.train: {error}\n(LLACA_TRACEBACK=1 shows where)")
+    tqdm.write(f"{recipe.run.run}: done, {folder}")
 
 
 if __name__ == "__main__":

@@ -4,18 +4,21 @@ The hooks are how a continual-learning method takes part: a term added to the lo
 either side of an optimizer step.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 from transformers.utils import ModelOutput
 
 from llava.conversation import IGNORE
 from llava.dataset import Collator, InstructionDataset
+from llava.hooks import Parameters, StepHooks
 from llava.model import is_projector, trainable_parameters
 from llava.sampler import ModalityLengthSampler
 
@@ -33,30 +36,10 @@ SETTINGS = {
     "dataloader_pin_memory": False,
 }
 
-Parameters = dict[str, nn.Parameter]
-
 
 def training_arguments(output_dir: str | Path, **settings) -> TrainingArguments:
     """Return TrainingArguments with this project's defaults (`SETTINGS`) under the given settings."""
     return TrainingArguments(output_dir=str(output_dir), **{**SETTINGS, **settings})
-
-
-class StepHooks:
-    """What a method may do during training; every hook does nothing unless overridden."""
-
-    def loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], outputs: ModelOutput) -> torch.Tensor | None:
-        """Return a term to add to the loss of one micro-batch; accumulated micro-batches are averaged.
-
-        `inputs` is the batch as the collator made it; `outputs.logits` is `[supervised tokens, vocabulary]`, the rows
-        in the order of the supervised labels.
-        """
-        return None
-
-    def before_step(self, parameters: Parameters) -> None:
-        """Called once per optimizer step, with final gradients (accumulated, clipped if configured), before it."""
-
-    def after_step(self, parameters: Parameters) -> None:
-        """Called directly after the optimizer step, with the same gradients still in place."""
 
 
 class LlavaTrainer(Trainer):
@@ -82,6 +65,7 @@ class LlavaTrainer(Trainer):
             raise ValueError(f"loss normalisation is {normalisation!r}; it must be one of {NORMALISATIONS}")
         self.projector_lr, self.normalisation, self.hooks = projector_lr, normalisation, hooks or StepHooks()
         super().__init__(model, args, Collator(pad_id), dataset, callbacks=list(callbacks))
+        self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = normalisation == "global"
         self.image_id = model.config.image_token_id
         if hooks is not None:
@@ -93,7 +77,7 @@ class LlavaTrainer(Trainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.parallel_mode == ParallelMode.DISTRIBUTED:
             raise NotImplementedError(
                 "step hooks read gradients of a single process; DeepSpeed, FSDP and DDP keep theirs elsewhere or move "
-                "the weights before the hooks are called. Start one process, or train without hooks"
+                "the weights before the hooks are called. Start one process on one device"
             )
         if self.args.n_gpu > 1:
             raise NotImplementedError("step hooks need one device; set CUDA_VISIBLE_DEVICES to one of them")
@@ -172,6 +156,22 @@ def token_loss(logits: torch.Tensor, targets: torch.Tensor, image_id: int) -> to
     """
     column = torch.tensor([image_id], device=logits.device)
     return functional.cross_entropy(logits.float().index_fill(1, column, -torch.inf), targets, reduction="sum")
+
+
+class StepLog(TrainerCallback):
+    """Advances a progress bar by the optimizer step and writes every log line of the Trainer to a JSON-lines file."""
+
+    def __init__(self, bar: tqdm, name: str, path: Path):
+        self.bar, self.name, self.path = bar, name, path
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if "loss" in logs:
+            self.bar.set_postfix_str(f"{self.name} loss {float(logs['loss']):.3f}")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
 
 
 class _HookCallback(TrainerCallback):

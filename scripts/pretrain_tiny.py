@@ -1,8 +1,9 @@
 """Pre-trains checkpoints/tiny-llava from scratch on the visual world of CoIN-mini (see scripts/pretrain_tiny.sh).
 
-Two phases. First the CLIP vision tower alone: every patch is asked for the name, the colour and the box of the thing
+Three phases. First the CLIP vision tower alone: every patch is asked for the name, the colour and the box of the thing
 that covers it (`PatchProbe`, thrown away at the end). Then the whole LLaVA on captions and conversations of
-`data.mini.corpus`, with the patch loss as a side loss. Fresh samples at every step; nothing is seen twice on purpose.
+`data.mini.corpus`, with the patch loss as a side loss. At last the same at half the learning rate, with words to repeat
+mixed in, so that every token of the vocabulary can be said. Fresh samples at every step.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import math
 import os
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -142,6 +144,25 @@ def build_model(tokenizer: LlamaTokenizer) -> LlavaForConditionalGeneration:
     return model
 
 
+@dataclass(frozen=True)
+class Phase:
+    """`batch` samples a process and step; `side` weighs the patch loss; `text_share` of the samples have no picture."""
+
+    lr: float
+    vision_lr: float
+    batch: int
+    side: float
+    text_share: float = 0.0
+    echo: bool = False
+
+
+PHASES = {
+    "vision": Phase(lr=1e-3, vision_lr=1e-3, batch=32, side=1.0),
+    "whole": Phase(lr=1e-3, vision_lr=2e-4, batch=16, side=0.2, text_share=0.2),
+    "finish": Phase(lr=5e-4, vision_lr=1e-4, batch=16, side=0.2, text_share=0.3, echo=True),
+}
+
+
 class PatchProbe(nn.Module):
     """Linear read-outs of each patch's feature: name, colour, box corners on the grid, and the number of copies."""
 
@@ -207,14 +228,15 @@ class Batches:
         encoded = encode(self.processor.tokenizer, turns, TOKENS, 512)
         return encoded.input_ids, encoded.labels
 
-    def conversations(self, size: int, text_share: float) -> tuple[dict, torch.Tensor]:
+    def conversations(self, size: int, text_share: float, echo: bool) -> tuple[dict, torch.Tensor]:
         """A batch for the whole model, pictures first, and the patch targets of its pictures."""
         texts = round(size * text_share)
         with_picture = [corpus.conversation(self.rng) for _ in range(size - texts)]
         for _, turns in with_picture:
             turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
         rows = [self.encode(turns) for _, turns in with_picture]
-        rows += [self.encode(corpus.text_only(self.rng)) for _ in range(texts)]
+        talk = [corpus.echo if echo and i % 2 else corpus.text_only for i in range(texts)]
+        rows += [self.encode(say(self.rng)) for say in talk]
         length = max(len(ids) for ids, _ in rows)
         inputs = {
             "input_ids": torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in rows]),
@@ -247,86 +269,84 @@ class Pretraining(nn.Module):
         return language + side * patches, torch.stack([language.detach(), patches.detach()])
 
 
-def run_phase(name: str, wrapped: nn.Module, batches: Batches, steps: int, batch: int, side: float, args) -> None:
-    """Trains for `steps` optimizer steps with linear warm-up and cosine decay."""
-    groups = [{"params": [], "peak": args.lr}, {"params": [], "peak": args.lr * (1.0 if name == "vision" else 0.2)}]
-    for parameter_name, parameter in wrapped.named_parameters():
-        if parameter.requires_grad:  # the trained vision tower moves slowly in the second phase
+def run_phase(name: str, module: Pretraining, batches: Batches, args) -> None:
+    """Trains one of PHASES with linear warm-up and cosine decay, and saves the model into `args.out`."""
+    phase = PHASES[name]
+    for part in (module.model.model.language_model, module.model.model.multi_modal_projector, module.model.lm_head):
+        part.requires_grad_(name != "vision")
+    wrapped = DistributedDataParallel(module) if args.world > 1 else module
+    groups = [{"params": [], "peak": phase.lr}, {"params": [], "peak": phase.vision_lr}]
+    for parameter_name, parameter in module.named_parameters():
+        if parameter.requires_grad:
             groups["vision_tower" in parameter_name]["params"].append(parameter)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
-    start, recent = time.time(), None
+    optimizer = torch.optim.AdamW(groups, lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    steps, start, recent = getattr(args, f"{name}_steps"), time.time(), None
     for step in range(1, steps + 1):
         scale = min(1.0, step / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * scale
         if name == "vision":
-            pixels, targets = batches.vision(batch)
+            pixels, targets = batches.vision(phase.batch)
             inputs = {"pixel_values": pixels}
         else:
-            inputs, targets = batches.conversations(batch, args.text_share)
+            inputs, targets = batches.conversations(phase.batch, phase.text_share, phase.echo)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            loss, parts = wrapped(inputs, targets, side)
+            loss, parts = wrapped(inputs, targets, phase.side)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         recent = parts if recent is None else 0.98 * recent + 0.02 * parts
         if args.rank == 0 and step % 100 == 0:
             seconds = time.time() - start
             print(
-                f"{name} {step}/{steps} language {recent[0]:.4f} patches {recent[1]:.4f} lr {args.lr * scale:.1e} "
-                f"{step * batch * args.world / seconds:.0f} samples/s, "
+                f"{name} {step}/{steps} language {recent[0]:.4f} patches {recent[1]:.4f} "
+                f"{step * phase.batch * args.world / seconds:.0f} samples/s, "
                 f"{seconds / step * (steps - step) / 60:.0f} min left",
                 flush=True,
             )
-        if args.rank == 0 and step % 1000 == 0:
-            wrapped.module.model.save_pretrained(args.out)
+        if args.rank == 0 and (step % 1000 == 0 or step == steps):
+            module.model.save_pretrained(args.out)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    """Command line; every phase draws from a seed of its own, so --start-from continues as one long run would."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("checkpoints/tiny-llava"))
     parser.add_argument("--instructions", type=Path, default=Path("data/instructions.json"))
     parser.add_argument("--vision-steps", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--batch", type=int, default=32, help="samples per process and step")
-    parser.add_argument("--text-share", type=float, default=0.2)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--whole-steps", type=int, default=6000)
+    parser.add_argument("--finish-steps", type=int, default=3000)
+    parser.add_argument("--start-from", type=Path, help="a model after the second phase: only finish it")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-bf16", dest="bf16", action="store_false")
+    parser.add_argument("--no-bf16", dest="bf16", action="store_false", help="for CPUs without AVX512-BF16")
     args = parser.parse_args()
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     if args.world > 1:
         dist.init_process_group("gloo")
+    if args.start_from:
+        processor = LlavaProcessor.from_pretrained(args.start_from, backend="pil")
+        model = LlavaForConditionalGeneration.from_pretrained(args.start_from, dtype=torch.float32)
+        model.set_attn_implementation("eager")
+    else:
+        if args.rank == 0:
+            build_processor(train_tokenizer(args.instructions)).save_pretrained(args.out)
+        if args.world > 1:
+            dist.barrier()
+        processor = LlavaProcessor.from_pretrained(args.out, backend="pil")
+        model = build_model(processor.tokenizer)
     if args.rank == 0:
-        build_processor(train_tokenizer(args.instructions)).save_pretrained(args.out)
-    if args.world > 1:
-        dist.barrier()
-    processor = LlavaProcessor.from_pretrained(args.out, backend="pil")
-    model = build_model(processor.tokenizer)
-    if args.rank == 0:
-        print(
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens",
-            flush=True,
-        )
-    module = Pretraining(model)
-    batches = Batches(processor, seed=1_000_003 * (args.seed + 1) + args.rank)
-
-    def wrap():
-        return DistributedDataParallel(module, find_unused_parameters=False)
-
-    language = (model.model.language_model, model.model.multi_modal_projector, model.lm_head)
+        processor.save_pretrained(args.out)
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{count:,} parameters, {len(processor.tokenizer)} tokens", flush=True)
     model.model.vision_tower.post_layernorm.requires_grad_(False)  # not on the path to the patch features
-    for part in language:
-        part.requires_grad_(False)
-    run_phase("vision", wrap(), batches, args.vision_steps, 2 * args.batch, 1.0, args)
-    for part in language:
-        part.requires_grad_(True)
-    if args.rank == 0:
-        model.save_pretrained(args.out)
-    run_phase("whole", wrap(), batches, args.steps, args.batch, 0.2, args)
+    module = Pretraining(model.train())
+    for number, name in enumerate(PHASES):
+        if name == "finish" or not args.start_from:
+            seed = 1_000_003 * (args.seed + 1) + 1_009 * number + args.rank
+            run_phase(name, module, Batches(processor, seed), args)
     if args.rank == 0:
         model.half().save_pretrained(args.out)
     if args.world > 1:

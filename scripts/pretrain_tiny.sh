@@ -2,7 +2,7 @@
 # Makes checkpoints/tiny-llava anew, from random weights, and probes what it can do: about 45 minutes on two cores of
 # a CPU with AVX512-BF16 (two to three times as long without; --no-bf16 is then faster).
 #
-#   bash scripts/pretrain_tiny.sh [--out DIR] [--steps N] [--vision-steps N] [--seed N] [--no-bf16]
+#   bash scripts/pretrain_tiny.sh [--out DIR] [--start-from DIR] [--seed N] [--no-bf16]
 source "$(dirname "$0")/env.sh"
 torchrun --nproc-per-node 2 scripts/pretrain_tiny.py "$@"
 out=checkpoints/tiny-llava

@@ -10,6 +10,7 @@ import unicodedata
 import pytest
 from PIL import Image
 
+from data.layout import INSTRUCTION_FOLDERS
 from data.mini import ask, build, corpus, scenes, world
 from data.mini.tasks import TASKS, box_text
 
@@ -110,18 +111,21 @@ def test_multiple_choice_has_one_right_answer():
 def test_the_pretraining_corpus_has_no_instruction_and_no_answer_format_of_the_tasks():
     rng = random.Random(0)
     turns = [turn for _ in range(1500) for turn in corpus.conversation(rng, 9)[1] + corpus.text_only(rng)]
+    echoes = [turn for _ in range(1500) for turn in corpus.echo(rng)]
     text = "\n".join(part for turn in turns for part in turn).lower()
     wordings = {line.lower() for sets in INSTRUCTIONS.values() for lines in sets.values() for line in lines}
-    assert not [line for line in wordings if line in text]
+    said = "\n".join(part for turn in echoes for part in turn).lower()
+    assert not [line for line in wordings if line in text or line in said]
     task_answers = {answer for task in TASKS for s in samples(task, 300) for _, answer in s.turns}
-    assert not [answer for _, answer in turns if answer in task_answers or len(answer.split()) < 3]
+    assert not [answer for _, answer in turns + echoes if answer in task_answers or len(answer.split()) < 3]
+    assert not re.search(r"\[ ?\d\.\d\d,", said)
     assert "unanswerable" not in text and "[" not in text
     task_questions = {q.splitlines()[0] for task in TASKS for s in samples(task, 300) for q, _ in s.turns if q}
     assert not task_questions & {question for question, _ in turns}
 
 
 def test_layout_and_schema(small):
-    for folder, which in zip(build.FOLDERS.values(), build.FOLDERS, strict=True):
+    for which, folder in INSTRUCTION_FOLDERS.items():
         for task in TASKS:
             directory = small / folder / task
             evaluated = build.EVALUATED.get(task, "test")
@@ -144,6 +148,14 @@ def test_layout_and_schema(small):
 def test_no_picture_occurs_twice(small):
     pictures = [hashlib.sha256(Image.open(p).tobytes()).hexdigest() for p in sorted(small.glob("cl_dataset/*/*/*.png"))]
     assert len(pictures) > 150 and len(set(pictures)) == len(pictures)
+
+
+def test_building_deletes_nothing(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(FileExistsError, match="move it away"):
+        build.build(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
 def test_the_benchmark_is_a_function_of_the_seed(small, tmp_path, monkeypatch):

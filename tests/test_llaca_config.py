@@ -1,13 +1,11 @@
 """Recipes: every file loads, the command line speaks last, and a run keeps the recipe it was started with."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 
-from llaca.config import CONFIGS, Recipe, load_recipe, read_yaml
+from llaca.config import CONFIGS, Recipe, load_recipe
 from llaca.methods import METHODS
-from llaca.stream import open_run, ordered, stages_of
+from llaca.stream import ordered, stages_of
 
 RECIPES = sorted(p for p in CONFIGS.glob("*.yaml") if p.name != "smoke.yaml")
 ORDERS = yaml.safe_load((CONFIGS.parent / "data" / "instructions.json").read_text())["orders"]
@@ -45,10 +43,20 @@ def test_smoke_lies_over_the_recipe():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("lerning_rate: 1\n", "unknown field 'lerning_rate'"), ("method: nothing\n", "method 'nothing' is not known")],
+    [
+        ("lerning_rate: 1\n", "unknown field 'lerning_rate'"),
+        ("method: nothing\n", "method 'nothing' is not known"),
+        ("methods: {llaca: {averge: eq14}}\n", "unknown field 'averge'"),
+        ("methods: {llcaa: {}}\n", "methods names 'llcaa'"),
+        ("order: alphabetical\n", "order: 'alphabetical' is not known; choose one of original"),
+        ("dtype: float31\n", "dtype: 'float31'"),
+        ("per_task: {GQA: {batchsize: 3}}\n", "per_task.GQA: 'batchsize'"),
+        ("tasks: [GQA, GQA]\n", "each once"),
+    ],
 )
 def test_unknown_names_are_refused(tmp_path, text, message):
-    (tmp_path / "r.yaml").write_text(text)
+    needed = "base: b\ndata_root: d\n" + ("" if "tasks:" in text else "tasks: [GQA]\n")
+    (tmp_path / "r.yaml").write_text(needed + text)
     with pytest.raises(ValueError, match=message):
         load_recipe(["--recipe", str(tmp_path / "r.yaml")])
 
@@ -57,7 +65,8 @@ def test_per_task_overrides(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("base: b\ndata_root: d\ntasks: [GQA, VQAv2]\nbatch_size: 16\nper_task: {GQA: {batch_size: 8}}\n")
     loaded = load_recipe(["--recipe", str(recipe)])
-    assert (loaded.for_task("GQA").batch_size, loaded.for_task("VQAv2").batch_size) == (8, 16)
+    assert (loaded.for_stage(("GQA",)).batch_size, loaded.for_stage(("VQAv2",)).batch_size) == (8, 16)
+    assert loaded.for_stage(("GQA", "VQAv2")).batch_size == 16
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -73,10 +82,36 @@ def test_stages_of_a_stream_and_of_joint_training(tmp_path):
     assert list(joint.tasks) == recipe.stream.tasks
 
 
-def test_a_run_refuses_another_recipe_and_names_the_difference(tmp_path):
-    base = ["--method", "lora", "--runs-dir", str(tmp_path), "--run", "x"]
-    folder = open_run(load_recipe(base))
-    assert open_run(load_recipe(base)) == folder
-    assert read_yaml(Path(folder, "recipe.yaml"))["learning_rate"] == 1e-3
-    with pytest.raises(ValueError, match=r"learning_rate: 0.001 there, 0.5 now"):
-        open_run(load_recipe([*base, "--learning-rate", "0.5"]))
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--method", "lora", "--average", "eq14"], "keeps no average; drop average"),
+        (["--method", "llaca", "--average", "nonsense"], "unknown variant"),
+        (["--method", "llaca", "--average", "eq45", "--constant", "2"], "has no setting constant"),
+        (["--method", "fixed_ema", "--beta", "1.5"], "beta = 1.5"),
+    ],
+)
+def test_a_method_refuses_settings_that_are_not_its_own(line, message):
+    config = load_recipe(line).method
+    with pytest.raises(ValueError, match=message):
+        METHODS[config.method](config)
+
+
+def test_an_automatic_name_says_what_differs():
+    names = {
+        "llaca-seed0": ["--method", "llaca"],
+        "llaca-smoke-seed3": ["--smoke", "--seed", "3"],
+        "lora-reverse-10type-seed0": ["--method", "lora", "--order", "reverse", "--instructions", "10type"],
+        "lora-learning_rate-0.0005-grouping-True-seed0": [
+            "--method=lora",
+            "--grouping",
+            "true",
+            "--learning_rate=5e-4",
+        ],
+    }
+    assert {load_recipe(line).run.run for line in names.values()} == set(names)
+
+
+def test_abbreviated_flags_are_refused():
+    with pytest.raises(ValueError, match="--meth"):
+        load_recipe(["--meth", "lora"])

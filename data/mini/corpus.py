@@ -1,16 +1,38 @@
 """The pre-training corpus of the shipped base model: captions and conversations about scenes of the same world.
 
 Every answer is a sentence. None of the eight tasks' instructions occurs here and none of their answer formats: no
-bare word, no bare option letter, no bracketed box, no 'unanswerable'. What the base learns is to see, read, count,
-compare, choose and point; the answer formats are left for the tasks to teach.
+bare word, no bare option letter, no bracketed box, nothing called unanswerable. What the base learns is to see, read,
+count, compare, choose and point; the answer formats are left for the tasks to teach.
 """
 
+import json
 import random
+from pathlib import Path
 
 from data.mini import ask, scenes
-from data.mini.world import CATEGORY_OF, COLORS, SCENERY_NAMES, SHAPES, Scene, Thing
+from data.mini.world import (
+    AUTHORS,
+    CATEGORY_OF,
+    COLORS,
+    GENRES,
+    GLYPHS,
+    SCENERY_NAMES,
+    SHAPES,
+    SIGNS,
+    TITLES,
+    Scene,
+    Thing,
+)
 
 Turn = tuple[str, str]
+_INSTRUCTIONS = json.loads((Path(__file__).parents[1] / "instructions.json").read_text(encoding="utf-8"))[
+    "instructions"
+]
+SAYABLE = sorted(
+    {word.strip(",") for sets in _INSTRUCTIONS.values() for lines in sets.values() for w in lines for word in w.split()}
+    | {*GLYPHS, *CATEGORY_OF.values(), *COLORS, *SHAPES, *SIGNS, *TITLES, *AUTHORS, *GENRES.values()}
+    | {"yes", "no", "unanswerable", "[", "]", *"ABCD", *"012345", *(f"{n / 12:.2f}" for n in range(13))}
+)
 
 
 def _a(noun: str) -> str:
@@ -63,6 +85,19 @@ def text_only(rng: random.Random) -> list[Turn]:
             turns.append(choose_named(rng, name, [name, *others], f"Please find the {kind}."))
         else:
             turns.append(choose_named(rng, name, list(CATEGORY_OF), f"Please find the {name}."))
+    return turns
+
+
+def echo(rng: random.Random) -> list[Turn]:
+    """Random words, said again. A token that was never an answer has no output embedding of its own, and LoRA does not
+    train those: here every word, number, letter and bracket of the world and of the tasks becomes sayable, in no order
+    and in no format that means anything."""
+    turns = []
+    for _ in range(rng.randint(2, 4)):
+        words = " ".join(rng.choices(SAYABLE, k=rng.randint(2, 8)))
+        turns.append(
+            rng.choice(((f"Say after me: {words}", f"You said: {words}"), (f"Repeat {words}", f"I repeat {words}")))
+        )
     return turns
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 from llaca.config import MethodConfig
 from llaca.ema import DynamicAverage
 from llaca.methods.base import Method
+from llava.hooks import Parameters
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -23,31 +23,32 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 class MovingAverage(Method):
     """Trains as LoRA does, averages beside it, and hands on the average."""
 
+    averages = True
+
     def __init__(self, config: MethodConfig):
         super().__init__(config)
+        if config.average is None:
+            raise ValueError(f"method {config.method} needs a rule for beta: set average, e.g. --average eq45")
         self.average: DynamicAverage | None = None
+        self._start(["trial"], [torch.zeros(1)], steps=1000)  # raises now for settings that would fail in stage 4
 
-    def before_task(self, matched: bool, parameters: dict[str, nn.Parameter], steps: int) -> None:
-        self.average = None
-        if matched:
-            own = {"beta": self.config.beta, "constant": self.config.constant}
-            if self.config.horizon is not None:
-                own["mu_rel"] = self.config.horizon * steps - 1
-            self.average = DynamicAverage(
-                list(parameters),
-                list(parameters.values()),
-                self.config.average,
-                self.config.fallback_beta,
-                self.config.average_start,
-                **{key: value for key, value in own.items() if value is not None},
-            )
+    def _start(self, names: list[str], tensors: list[torch.Tensor], steps: int) -> DynamicAverage:
+        own = {"beta": self.config.beta, "constant": self.config.constant}
+        if self.config.horizon is not None:
+            own["mu_rel"] = max(self.config.horizon * steps - 1, 1e-3)
+        own = {key: value for key, value in own.items() if value is not None}
+        config = self.config
+        return DynamicAverage(names, tensors, config.average, config.fallback_beta, config.average_start, **own)
 
-    def after_step(self, parameters: dict[str, nn.Parameter]) -> None:
+    def before_task(self, matched: bool, parameters: Parameters, steps: int) -> None:
+        self.average = self._start(list(parameters), list(parameters.values()), steps) if matched else None
+
+    def after_step(self, parameters: Parameters) -> None:
         if self.average is not None:
             tensors = list(parameters.values())
             self.average.step(tensors, [p.grad for p in tensors])
 
-    def after_task(self, parameters: dict[str, nn.Parameter], folder: Path) -> dict:
+    def after_task(self, parameters: Parameters, folder: Path) -> dict:
         if self.average is None:
             return {"averaged": False}
         trace = self.average.drain_trace()

@@ -2,38 +2,34 @@
 
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from llaca.config import MethodConfig
+from llava.hooks import Parameters, StepHooks
+
+AVERAGE_FIELDS = ("average", "average_start", "fallback_beta", "beta", "constant", "horizon")
 
 
-class Method:
-    """A way to train a stream. One object serves a whole run; hooks are called in the order below.
+class Method(StepHooks):
+    """A way to train a stream. One object serves a whole run.
 
-    `parameters` maps the name of every trainable tensor to the tensor, in a fixed order.
+    A stage calls before_task; then, for every micro-batch, loss and, for every optimizer step, before_step and
+    after_step (see llava/hooks.py); then after_task.
     """
 
     trains = True  # False: the base model is only evaluated
     joint = False  # True: one stage with all tasks
+    averages = False  # True: the recipe's fields about averages apply
 
     def __init__(self, config: MethodConfig):
+        """Raises ValueError for settings that the method cannot follow: before anything is trained."""
         self.config = config
+        given = [name for name in AVERAGE_FIELDS if getattr(config, name) is not None]
+        if given and not self.averages:
+            raise ValueError(f"method {config.method} keeps no average; drop {', '.join(given)} or choose llaca")
 
-    def before_task(self, matched: bool, parameters: dict[str, nn.Parameter], steps: int) -> None:
+    def before_task(self, matched: bool, parameters: Parameters, steps: int) -> None:
         """Before a stage of `steps` optimizer steps; `matched`: it continues a parameter set of the pool."""
 
-    def loss(self, model: nn.Module, inputs: dict, outputs) -> torch.Tensor | None:
-        """A term added to the loss of a micro-batch, or None."""
-        return None
-
-    def before_step(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Gradients are final (reduced, unscaled, clipped if the recipe clips), parameters have not moved."""
-
-    def after_step(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Parameters have moved; `.grad` still holds the gradient that moved them."""
-
-    def after_task(self, parameters: dict[str, nn.Parameter], folder: Path) -> dict:
+    def after_task(self, parameters: Parameters, folder: Path) -> dict:
         """After a stage: may change the parameters in place and write into `folder`; returns facts for stage.json.
 
         The key `averaged` says whether the parameters were changed, so that the trained ones are kept beside them.

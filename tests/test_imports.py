@@ -1,0 +1,30 @@
+"""Importing the packages is light: nothing that is optional comes along."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for room in ("llava", "llaca", "eval", "data")
+    for path in (ROOT / room).rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("room", ["llava", "llaca", "eval", "data"])
+def test_no_module_imports_what_is_optional(room):
+    """transformers' own Trainer brings bitsandbytes in, so llava.trainer does; nothing imports llava.trainer early."""
+    modules = [m for m in MODULES if m.split(".")[0] == room and m != "llava.trainer"]
+    code = f"import sys\nfor m in {modules}: __import__(m)\nprint(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    heavy = {"deepspeed", "bitsandbytes", "wandb"} & set(loaded.stdout.split())
+    assert not heavy
+
+
+def test_the_trainer_does_not_import_deepspeed_or_wandb():
+    code = "import sys, llava.trainer\nprint(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert not {"deepspeed", "wandb"} & set(loaded.stdout.split())
