@@ -15,7 +15,7 @@ from eval.metrics import check_matrix, is_single
 
 # Okabe and Ito's palette without its yellow, which vanishes on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # not as many as colours: 56 styles
 PANELS_A_ROW = 4
 STYLE = {
     "font.size": 10,

@@ -6,5 +6,8 @@
 source "$(dirname "$0")/env.sh"
 torchrun --nproc-per-node 2 scripts/pretrain_tiny.py "$@"
 out=checkpoints/tiny-llava
-while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; shift; done
+while [ $# -gt 0 ]; do
+    case $1 in --out) out=$2 ;; --out=*) out=${1#--out=} ;; esac
+    shift
+done
 python scripts/probe_tiny.py --base "$out" --json "$out/skills.json"

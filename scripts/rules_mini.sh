@@ -35,8 +35,10 @@ for seed in $seeds; do
     python -m llaca.train --method lora --grouping true --seed "$seed" --run "$(basename "$common")"
     for name in $(grep -- "-seed$seed$" <<<"$names"); do
         [ -d "runs/$name/stages" ] && continue
-        mkdir -p "runs/$name/stages"
-        cp -r "$common"/stages/0[123]-* "runs/$name/stages/"
+        rm -rf "runs/$name.copy"
+        mkdir -p "runs/$name.copy/stages"
+        cp -r "$common"/stages/0[123]-* "runs/$name.copy/stages/"
+        mv "runs/$name.copy" "runs/$name"
     done
 done
 xargs -P "$jobs" -I{} sh -c 'python -m llaca.train --method llaca {}' <<<"$lines"
