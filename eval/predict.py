@@ -85,7 +85,10 @@ def matrix_rows(run: Run, questions: dict[str, list[Question]]) -> list[tuple[st
         pool = Pool.from_json((stage.folder / "codebook.json").read_text(encoding="utf-8"))
         row = {}
         for task in seen:
-            row[task] = pool.holder_for(sorted({instruction_of(task, q.text) for q in questions[task]}))
+            wordings = sorted({instruction_of(task, q.text) for q in questions[task]})
+            row[task], matched = pool.holder_for(wordings)
+            if not matched:
+                print(f"{run.name}, {stage.name}: {task} matches no group; the nearest, {row[task]}, answers")
         rows.append((stage.name, row))
     return rows
 

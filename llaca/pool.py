@@ -57,12 +57,15 @@ class Pool:
             self.members.append([task])
         self.latest = stage
 
-    def holder_for(self, instructions: list[str]) -> str:
-        """The stage whose parameters answer a test set with these instructions: the most similar group's."""
+    def holder_for(self, instructions: list[str]) -> tuple[str, bool]:
+        """(stage whose parameters answer a test set with these instructions, whether its group reaches the threshold).
+
+        Below the threshold the most similar group answers.
+        """
         if not self.grouping:
-            return self.holders[0]
+            return self.holders[0], True
         chosen = self.codebook.choose(instructions)
-        return self.holders[chosen.index]
+        return self.holders[chosen.index], chosen.matched
 
     def to_json(self) -> str:
         """All of it as JSON text, for codebook.json."""

@@ -44,13 +44,14 @@ def test_after_the_stream_each_test_set_gets_its_groups_parameters():
     pool, _ = walk("original")
     holders = {task: pool.holder_for(FACTS["instructions"][task]["original"]) for task in ORDER}
     own = ("ScienceQA", "ImageNet", "Grounding")
-    assert holders == {task: f"after {task if task in own else 'OCR-VQA'}" for task in ORDER}
+    assert holders == {task: (f"after {task if task in own else 'OCR-VQA'}", True) for task in ORDER}
+    assert pool.holder_for(["Answer with a single letter"])[1] is False
 
 
 def test_without_grouping_there_is_one_set():
     pool, starts = walk("diverse", grouping=False)
     assert list(starts.values()) == [None, *[f"after {task}" for task in ORDER[:-1]]]
-    assert pool.holder_for(["anything"]) == "after OCR-VQA" and pool.members == [ORDER]
+    assert pool.holder_for(["anything"]) == ("after OCR-VQA", True) and pool.members == [ORDER]
 
 
 def test_json_round_trip():
