@@ -190,6 +190,7 @@ def build(root: Path, seed: int = 0) -> bool:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/coin_mini"))
     parser.add_argument("--seed", type=int, default=0)

@@ -10,6 +10,8 @@ from eval.tasks.words import is_phrase
 
 
 class ImageNet(OpenQuestionTask):
+    """An object's name, without regard to case."""
+
     name = "ImageNet"
     max_new_tokens = 1024
 

@@ -10,6 +10,8 @@ from eval.tasks.words import is_phrase
 
 
 class OCRVQA(OpenQuestionTask):
+    """A phrase from a book's cover, without regard to case."""
+
     name = "OCR-VQA"
 
     def legacy(self, text: str, reference: Answer) -> float:

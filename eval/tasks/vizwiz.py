@@ -7,6 +7,8 @@ from eval.tasks.words import is_phrase
 
 
 class VizWiz(OpenQuestionTask):
+    """A word or phrase: consensus where ten people answered, else exact without regard to case."""
+
     name = "VizWiz"
     eval_file = "val.json"
 

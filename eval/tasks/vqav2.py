@@ -7,6 +7,8 @@ from eval.tasks.words import is_phrase
 
 
 class VQAv2(OpenQuestionTask):
+    """A word or phrase: consensus where ten people answered, else exact without regard to case."""
+
     name = "VQAv2"
     eval_file = "val.json"
     max_new_tokens = 1024
