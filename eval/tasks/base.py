@@ -12,6 +12,7 @@ The gap between official and lenient is forgetting of the answer's form, not of 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def printed(share: float) -> float:
     return float(f"{100 * share:.2f}")
 
 
-class Task:
+class Task(ABC):
     """One task: subclasses say how references are loaded and how an answer is scored against one."""
 
     name: str
@@ -100,27 +101,27 @@ class Task:
 
     # --- what a subclass says ---
 
+    @abstractmethod
     def load_references(
         self, data_root: Path | str, instructions: str = "original", split: str = "test"
     ) -> dict[str, Any]:
         """References by question id (as text), in file order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def official(self, text: str, reference: Any) -> float:
         """Score of one answer in [0, 1] by the benchmark's own rule."""
-        raise NotImplementedError
 
+    @abstractmethod
     def legacy(self, text: str, reference: Any) -> float:
         """Score of one answer in [0, 1] by the released evaluator."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lenient(self, text: str, reference: Any) -> float:
         """Score of one answer in [0, 1] with its form forgiven; never below official."""
-        raise NotImplementedError
 
+    @abstractmethod
     def has_form(self, text: str, reference: Any) -> bool:
         """Whether the answer has the form the task asks for, right or wrong."""
-        raise NotImplementedError
 
     def counts(self, reference: Any) -> bool:
         """Whether the benchmark counts this question at all."""
