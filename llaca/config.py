@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+AVERAGE_FIELDS = ("average", "average_start", "fallback_beta", "beta", "constant", "horizon")
 DEFAULT_RECIPE = CONFIGS / "coin_mini.yaml"
 
 
@@ -72,9 +73,7 @@ class TrainConfig:
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay"})
     max_grad_norm: float = field(
         default=0.0,
-        metadata={
-            "help": "gradient clipping before the step and before the method sees the gradient; 0: none, as released"
-        },
+        metadata={"help": "gradient clipping (L2 norm of the step's whole gradient); 0: none, as released"},
     )
     loss_normalisation: Literal["local", "global"] = field(
         default="local",
@@ -120,6 +119,13 @@ class MethodConfig:
     )
     beta: float | None = field(default=None, metadata={"help": "beta of the rule 'fixed'"})
     constant: float | None = field(default=None, metadata={"help": "constant of the rules of the released codes"})
+    seen_gradient: Literal["clipped", "unclipped"] = field(
+        default="clipped",
+        metadata={"help": "the gradient the method sees where max_grad_norm clips it: as the step used it, or before"},
+    )
+    beta_trace: Literal["quantiles", "full"] = field(
+        default="quantiles", metadata={"help": "beta.csv: quantiles per step, or full: a row per step and tensor"}
+    )
     horizon: float | None = field(
         default=None, metadata={"help": "horizon of the rule 'secant' in stages: its mu_rel is horizon x steps - 1"}
     )
@@ -135,6 +141,10 @@ class RunConfig:
     )
     runs_dir: str = field(default="runs", metadata={"help": "folder of the run folders"})
     seed: int = field(default=0, metadata={"help": "the run is a function of its recipe and this number"})
+    zero: Literal["none", "0", "1", "2", "3", "3-offload"] = field(
+        default="none",
+        metadata={"help": "DeepSpeed with scripts/zeroN.json as it is; none: one process, or DDP under torchrun"},
+    )
     report_to: Literal["none", "tensorboard", "wandb"] = field(
         default="none", metadata={"help": "where else to log; wandb is offline unless WANDB_MODE says otherwise"}
     )
@@ -143,6 +153,12 @@ class RunConfig:
         metadata={"help": "minutes that one run takes on the recipe's hardware, told before it starts"},
     )
     logging_steps: int = field(default=10, metadata={"help": "optimizer steps between two lines of train_log.jsonl"})
+    save_steps: int = field(
+        default=0,
+        metadata={
+            "help": "optimizer steps between two checkpoints inside a stage; 0: one only when SIGTERM or SIGINT asks"
+        },
+    )
 
 
 SECTIONS = (ModelConfig, StreamConfig, TrainConfig, MethodConfig, RunConfig)
@@ -220,6 +236,7 @@ def load_recipe(arguments: list[str]) -> Recipe:
     chooser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE)
     chooser.add_argument("--method")
     chooser.add_argument("--smoke", action="store_true")
+    chooser.add_argument("--average")
     chosen, _ = chooser.parse_known_args(arguments)
     values = read_yaml(chosen.recipe)
     method = chosen.method or values.get("method", MethodConfig.method)
@@ -230,6 +247,8 @@ def load_recipe(arguments: list[str]) -> Recipe:
     # What the recipe says of a method stands above the method's own file: only the recipe knows the model's size.
     tuned = values.pop("methods", {}).get(method, {})
     values = {**values, **read_yaml(own), **tuned, "method": method}
+    if chosen.average:  # what the recipe sets for its own rule is not meant for another one
+        values = {key: value for key, value in values.items() if key not in AVERAGE_FIELDS}
     if chosen.smoke:
         values.update(read_yaml(CONFIGS / "smoke.yaml"))
     for action in parser._actions:

@@ -338,6 +338,10 @@ class DynamicAverage:
         """name -> theta*, float32, in the order of construction: the live tensors, not copies."""
         return dict(zip(self.names, self._star, strict=True))
 
+    def bytes(self) -> int:
+        """What the average and its memory of the past take on this rank."""
+        return sum(t.nbytes for tensors in (self._star, *self._past.values()) for t in tensors)
+
     def fallback_share(self) -> np.ndarray:
         """[n_tensors]: the share of steps so far in which the range rule applied, nan before the first."""
         return self._fallbacks.cpu().numpy() / (self.steps or np.nan)

@@ -1,7 +1,7 @@
 """What train_continual.sh runs: says what is going to happen and how long it takes, checks the data, starts the runs.
 
-Without --method it trains LoRA and LLaCA. On a machine without GPU as many runs as there are cores go side by side,
-one thread each; with a GPU one after the other.
+Without --method it trains LoRA and LLaCA. On a machine without GPU as many runs as there are cores go side by side, one
+process of one thread each; with GPUs one run after the other, a process a GPU.
 """
 
 import os
@@ -10,15 +10,57 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from data.check import check_benchmark
 from data.mini.build import build, is_built
 from llaca.config import Recipe, load_recipe
+from llaca.stream import die_with_launcher
 
 DEFAULT_METHODS = ("lora", "llaca")
 MINI = Path("data/coin_mini")
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
+
+
+class Launcher(NamedTuple):
+    """How the processes of a run are started: `name` python, torchrun or deepspeed."""
+
+    name: str
+    processes: int
+    hostfile: str | None
+
+    def line(self, arguments: list[str]) -> list[str]:
+        """The command that trains one run."""
+        module = ["llaca.train", *arguments]
+        if self.name == "python":
+            return [sys.executable, "-m", *module]
+        if self.name == "torchrun":
+            line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.processes)]
+            # Several nodes are told apart by the environment that SLURM or a person sets on each of them.
+            nodes = ["--nnodes", os.environ.get("NNODES", "1"), "--node-rank", os.environ.get("NODE_RANK", "0")]
+            nodes += ["--master-addr", os.environ["MASTER_ADDR"]] if "MASTER_ADDR" in os.environ else []
+            nodes += ["--master-port", os.environ["MASTER_PORT"]] if "MASTER_PORT" in os.environ else []
+            return [*line, *(nodes if "NNODES" in os.environ else ["--standalone"]), "-m", "--", *module]
+        where = ["--hostfile", self.hostfile] if self.hostfile else []
+        return [*DEEPSPEED, *where, "--num_gpus", str(self.processes), "--module", *module]
+
+
+def choose_launcher(name: str | None, gpus: int | None, hostfile: str | None, zero: str) -> Launcher:
+    """The launcher of --launcher, --num-gpus and --hostfile, for a recipe with this `zero`.
+
+    Raises ValueError for what does not fit together.
+    """
+    here = torch.cuda.device_count()
+    processes = gpus or max(1, here)
+    if name is None:
+        name = "deepspeed" if hostfile else "torchrun" if here or processes > 1 or zero != "none" else "python"
+    if hostfile and name != "deepspeed":
+        raise ValueError("--hostfile is read by --launcher deepspeed")
+    if name == "python" and ((gpus or 1) > 1 or zero != "none"):
+        raise ValueError("--launcher python is one process without DeepSpeed: take torchrun or deepspeed")
+    return Launcher(name, 1 if name == "python" else processes, hostfile)
 
 
 def commands(arguments: list[str]) -> list[tuple[Recipe, list[str]]]:
@@ -37,7 +79,7 @@ def commands(arguments: list[str]) -> list[tuple[Recipe, list[str]]]:
     return built
 
 
-def announce(runs: list[tuple[Recipe, list[str]]], side_by_side: int) -> None:
+def announce(runs: list[tuple[Recipe, list[str]]], launcher: Launcher, side_by_side: int) -> None:
     """Says what is going to be trained, where it goes and about how long it takes."""
     for recipe, _ in runs:
         stream = recipe.stream
@@ -45,18 +87,20 @@ def announce(runs: list[tuple[Recipe, list[str]]], side_by_side: int) -> None:
             f"{recipe.run.runs_dir}/{recipe.run.run}: {recipe.method.method} on {len(stream.tasks)} tasks of "
             f"{stream.data_root}, {stream.order} order, {stream.instructions} instructions, seed {recipe.run.seed}"
         )
+    if launcher.name != "python":
+        print(f"{launcher.processes} processes a run, started by {launcher.name}")
     minutes = max(recipe.run.expected_minutes for recipe, _ in runs) * -(-len(runs) // side_by_side)
     if minutes:
         print(f"About {minutes:g} minutes of training on the machine that the recipe was written for.")
     sys.stdout.flush()
 
 
-def run_all(runs: list[tuple[Recipe, list[str]]], side_by_side: int) -> int:
+def run_all(lines: list[list[str]], side_by_side: int) -> int:
     """Runs the commands, at most `side_by_side` at once; returns the first exit status that is not 0.
 
     A signal ends the children too. When one run fails, those that are under way finish and no other starts.
     """
-    waiting, active, status = list(runs), {}, 0
+    waiting, active, status = list(lines), {}, 0
 
     def stop(signum, _):
         for child in active.values():
@@ -67,12 +111,12 @@ def run_all(runs: list[tuple[Recipe, list[str]]], side_by_side: int) -> int:
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop)
-    environment = {**os.environ, "LLACA_LAUNCHER": str(os.getpid())}
+    os.environ["LLACA_LAUNCHER"] = str(os.getpid())
     while active or (waiting and not status):
         for line in sorted(set(range(side_by_side)) - set(active)):
             if waiting and not status:
-                command = [sys.executable, "-m", "llaca.train", *waiting.pop(0)[1]]
-                active[line] = subprocess.Popen(command, env={**environment, "LLACA_BAR": str(line)})
+                environment = {**os.environ, "LLACA_BAR": str(line)}
+                active[line] = subprocess.Popen(waiting.pop(0), env=environment, preexec_fn=die_with_launcher)
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
         for line, child in list(active.items()):
             if child.poll() is not None:
@@ -82,15 +126,22 @@ def run_all(runs: list[tuple[Recipe, list[str]]], side_by_side: int) -> int:
 
 
 def main() -> None:
-    """Command line: that of llaca.train, where --method may be left out. A smoke run is evaluated, too."""
+    """Command line: that of llaca.train, where --method may be left out, with --launcher, --num-gpus and --hostfile. A
+    smoke run is evaluated, too."""
     arguments = sys.argv[1:]
     if {"-h", "--help", "--list-methods"} & set(arguments):
         sys.exit(subprocess.call([sys.executable, "-m", "llaca.train", *arguments]))
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--launcher", choices=("python", "torchrun", "deepspeed"))
+    parser.add_argument("--num-gpus", type=int)
+    parser.add_argument("--hostfile")
+    how, arguments = parser.parse_known_args(arguments)
     try:
         runs = commands(arguments)
+        launcher = choose_launcher(how.launcher, how.num_gpus, how.hostfile, runs[0][0].run.zero)
         threads = int(os.environ.get("OMP_NUM_THREADS", 1))
-        side_by_side = 1 if torch.cuda.is_available() else max(1, min(len(runs), (os.cpu_count() or 1) // threads))
-        announce(runs, side_by_side)
+        side_by_side = max(1, min(len(runs), (os.cpu_count() or 1) // threads)) if launcher.name == "python" else 1
+        announce(runs, launcher, side_by_side)
         recipe = runs[0][0]
         if Path(recipe.stream.data_root) == MINI and not is_built(MINI):
             build(MINI)
@@ -101,7 +152,7 @@ def main() -> None:
         if os.environ.get("LLACA_TRACEBACK"):
             raise
         sys.exit(f"train_continual.sh: {error}\n(LLACA_TRACEBACK=1 shows where)")
-    status = run_all(runs, side_by_side)
+    status = run_all([launcher.line(line) for _, line in runs], side_by_side)
     if not status and "--smoke" in arguments:
         names = [recipe.run.run for recipe, _ in runs]
         report = ["-m", "eval.report", "--runs-dir", recipe.run.runs_dir, "--run", *names]

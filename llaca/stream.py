@@ -82,7 +82,7 @@ def open_run(recipe: Recipe) -> Path:
     folder = run_folder(recipe)
     frozen = folder / "recipe.yaml"
     now = {**recipe.flat(), "inputs": checksums(recipe)}
-    where = ("runs_dir", "report_to", "expected_minutes")  # change nothing in the result
+    where = ("runs_dir", "report_to", "expected_minutes", "save_steps", "beta_trace")  # change nothing in the result
     if frozen.is_file():
         before = yaml.safe_load(frozen.read_text(encoding="utf-8"))
         changed = {k for k in {**before, **now} if before.get(k) != now.get(k) and k not in where}
@@ -133,7 +133,8 @@ def die_with_launcher() -> None:
     launcher = os.environ.get("LLACA_LAUNCHER")
     if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(launcher):  # it was killed before the line above
+        alone = "RANK" not in os.environ  # else torchrun or DeepSpeed stand in between
+        if alone and os.getppid() != int(launcher):  # it was killed before the line above
             sys.exit(f"the launcher (process {launcher}) is gone")
 
 

@@ -1,8 +1,8 @@
 """Trains one run: `python -m llaca.train --method llaca --seed 0`; `--help` lists every field of a recipe.
 
 Walks the stream; every stage starts from a parameter set of the pool, trains it with the method's hooks and puts it
-back. A stage is made whole or not at all: after a kill the same command goes on with the first stage that is not DONE,
-and the result is the same, since everything random in a stage comes from the seed and the stage's number.
+back. After a kill the same command goes on with the first stage that is not DONE, from its last checkpoint or from its
+start, and the result is the same, since everything random in a stage comes from the seed and the stage's number.
 """
 
 import json
@@ -10,15 +10,17 @@ import os
 import random
 import shutil
 import sys
-import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from data.layout import image_root, train_file
+from llaca import ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
 from llaca.grouping import THRESHOLDS, Codebook, instruction_of
 from llaca.methods import METHODS
@@ -35,8 +37,9 @@ from llava.model import (
     load_base,
     save_adapter,
     set_adapter_state,
-    trainable_parameters,
 )
+
+ZERO = Path(__file__).parents[1] / "scripts"
 
 
 @dataclass
@@ -64,21 +67,21 @@ def seed_everything(seed: int) -> None:
 def load_stream(recipe: Recipe) -> dict[str, list[Sample]]:
     """The training records of every task. All are validated before anything is trained (raises DataError)."""
     stream, records = recipe.stream, {}
-    for task in tqdm(stream.tasks, desc="check records", leave=False, delay=3, unit="task"):
+    for task in tqdm(stream.tasks, desc="check records", leave=False, delay=3, unit="task", disable=not ranks.first()):
         samples = load_samples(train_file(stream.data_root, stream.instructions, task), image_root(stream.data_root))
         records[task] = samples[: stream.max_train_samples or None]
     return records
 
 
-def load_student(recipe: Recipe, records: dict[str, list[Sample]]) -> Student:
-    """The base model with fresh LoRA, and the pictures' features if the recipe reuses them."""
+def load_student(recipe: Recipe, records: dict[str, list[Sample]], features: FeatureCache | None = None) -> Student:
+    """The base model with fresh LoRA, and the pictures' features, if the recipe reuses them and they are not given."""
     config = recipe.model
     model, processor = load_base(config.base, getattr(torch, config.dtype), config.attention)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    features = None
     if config.reuse_vision_features:
-        paths = [sample.image for samples in records.values() for sample in samples if sample.image]
-        features = cache_features(model, processor.image_processor, paths)
+        if features is None:
+            paths = [sample.image for samples in records.values() for sample in samples if sample.image]
+            features = cache_features(model, processor.image_processor, paths)
         use_features(model)
     seed_everything(recipe.run.seed)
     model = attach_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
@@ -102,8 +105,8 @@ def stage_datasets(
 
 
 def stage_steps(settings: TrainConfig, samples: int) -> int:
-    """Optimizer steps of a stage with this many samples on one device, as the Trainer counts them."""
-    batches = -(-samples // settings.batch_size)
+    """Optimizer steps of a stage with this many samples, as the Trainer counts them."""
+    batches = -(-samples // (settings.batch_size * ranks.count()))
     return int(-(-settings.epochs * max(1, -(-batches // settings.gradient_accumulation)) // 1))
 
 
@@ -118,17 +121,19 @@ def train_stage(
     folder: Path,
 ) -> dict:
     """Trains `dataset` from the parameters that `choice` names; writes adapter/, plain/ and the logs into `folder`."""
-    from llava.trainer import LlavaTrainer, StepLog  # brings in PEFT and, where installed, bitsandbytes
+    # These bring in PEFT and, where installed, bitsandbytes.
+    from llaca.callbacks import Checkpoints, StopOnSignal, Tap, latest, truncate_log
+    from llava.trainer import LlavaTrainer, StepLog
 
     if choice.start is None:
         set_adapter_state(student.model, student.fresh)
     else:
         load_adapter(student.model, stage.folder.parent / choice.start / "adapter")
     settings = recipe.for_stage(stage.tasks)
-    parameters = trainable_parameters(student.model)
+    checkpoint = latest(folder / "trainer")
+    start = None if checkpoint or recipe.run.zero == "none" else adapter_state(student.model)
     stage_seed = 10_000 * recipe.run.seed + 100 * stage.index  # room for the number of an epoch
     seed_everything(stage_seed)
-    method.before_task(choice.matched, parameters, stage_steps(settings, len(dataset)))
     trainer = LlavaTrainer(
         student.model,
         trainer_arguments(recipe, settings, stage, stage_seed, folder),
@@ -137,26 +142,37 @@ def train_stage(
         projector_lr=settings.projector_learning_rate,
         normalisation=settings.loss_normalisation,
         hooks=method,
-        callbacks=[StepLog(bar, stage.name, folder / "train_log.jsonl")],
     )
-    started = time.monotonic()
-    trainer.train()
-    seconds = time.monotonic() - started
-    trained = adapter_state(student.model)
-    report = method.after_task(parameters, folder)
-    save_adapter(student.model, folder / "adapter")
-    if report["averaged"]:
-        set_adapter_state(student.model, trained)
-        save_adapter(student.model, folder / "plain")
+    tap = Tap(method, choice.matched, stage_steps(settings, len(dataset)), start, recipe.method.seen_gradient)
+    tap.attach(trainer)
+    checkpoints, stop = Checkpoints(tap, folder / "trainer", checkpoint), StopOnSignal()
+    trainer.add_callback(checkpoints)
+    trainer.add_callback(stop)
+    if ranks.first():
+        log = folder / "train_log.jsonl"
+        truncate_log(log, int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+        trainer.add_callback(StepLog(bar, stage.name, log))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    stop.leave_if_stopped(folder)
+    shards = tap.layout.shards()
+    averaged, report = method.after_task(shards, folder)
+    trained = tap.layout.gather(shards.parameters)
+    final = trained if averaged is None else tap.layout.gather(averaged)
+    if ranks.first():
+        save_adapter(student.model, folder / "adapter", final)
+        if averaged is not None:
+            save_adapter(student.model, folder / "plain", trained)
     return {
         "stage": stage.name,
         "tasks": list(stage.tasks),
         "samples": len(dataset),
         "steps": trainer.state.global_step,
-        "seconds": round(seconds, 1),
+        "seconds": round(checkpoints.seconds, 1),
+        "engine": tap.layout.engine,
         "start": choice.start,
         "group": choice.group,
         "similarity": choice.scores,
+        "averaged": averaged is not None,
         **report,
     }
 
@@ -186,6 +202,9 @@ def trainer_arguments(recipe: Recipe, settings: TrainConfig, stage: Stage, seed:
         tf32=cuda or None,
         use_cpu=not cuda,
         logging_steps=recipe.run.logging_steps,
+        save_strategy="steps" if recipe.run.save_steps else "no",
+        save_steps=recipe.run.save_steps or 1,
+        deepspeed=None if recipe.run.zero == "none" else str(ZERO / f"zero{recipe.run.zero}.json"),
         report_to=recipe.run.report_to,
         run_name=f"{recipe.run.run}/{stage.name}",
         disable_tqdm=True,
@@ -200,11 +219,16 @@ def run(recipe: Recipe) -> Path:
     that cannot be followed; BlockingIOError where another process trains this run.
     """
     method = METHODS[recipe.method.method](recipe.method)
+    ranks.start(recipe.run.zero)
     records = load_stream(recipe)
+    if ranks.first():
+        open_run(recipe)
+    ranks.wait()
     folder = open_run(recipe)
     if not method.trains:
         return folder
-    with only_one(folder):
+    with only_one(folder) if ranks.first() else nullcontext():
+        ranks.wait()
         stages = stages_of(recipe, method.joint, folder)
         if not all(stage.done for stage in stages):
             train_stages(recipe, stages, records, method)
@@ -214,6 +238,7 @@ def run(recipe: Recipe) -> Path:
 def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, list[Sample]], method: Method) -> None:
     """Walks the stream, past the stages that are done."""
     student = load_student(recipe, records)
+    features = student.features
     datasets = stage_datasets(recipe, stages, records, student)
     threshold = recipe.method.similarity_threshold
     codebook = Codebook(
@@ -222,13 +247,18 @@ def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, list[Sa
     pool = Pool(recipe.method.grouping, codebook, recipe.method.new_group_start)
     total = sum(stage_steps(recipe.for_stage(stage.tasks), len(datasets[stage.name])) for stage in stages)
     line = int(os.environ.get("LLACA_BAR", 0))  # of the terminal, where several runs share it
-    with tqdm(total=total, desc=recipe.run.run, unit="step", position=line) as bar:
+    with tqdm(total=total, desc=recipe.run.run, unit="step", position=line, disable=not ranks.first()) as bar:
         for stage in stages:
             if stage.done:
                 pool = Pool.from_json((stage.folder / "codebook.json").read_text(encoding="utf-8"))
                 bar.update(json.loads((stage.folder / "stage.json").read_text(encoding="utf-8"))["steps"])
-            else:
-                complete_stage(recipe, stage, datasets[stage.name], records, student, method, pool, bar)
+                continue
+            if student is None:
+                student = load_student(recipe, records, features)
+            complete_stage(recipe, stage, datasets[stage.name], records, student, method, pool, bar)
+            if recipe.run.zero != "none":
+                student = None  # DeepSpeed has sharded, cast and hooked this model: the next stage takes a new one,
+                unset_hf_deepspeed_config()  # loaded whole
 
 
 def complete_stage(
@@ -246,17 +276,25 @@ def complete_stage(
     instructions = sorted(wordings)
     choice = pool.choose(instructions)
     partial = stage.folder.with_name(stage.folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(stage.folder, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if ranks.first():
+        shutil.rmtree(stage.folder, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+    ranks.wait()
     report = train_stage(recipe, stage, dataset, student, method, choice, bar, partial)
     pool.put(choice, instructions, "+".join(stage.tasks), stage.name)
+    if ranks.first():
+        finish(stage, partial, report, pool)
+    ranks.wait()
+
+
+def finish(stage: Stage, partial: Path, report: dict, pool: Pool) -> None:
+    """Writes what is left and gives the stage's folder its name."""
     write_atomically(partial / "stage.json", json.dumps(report, indent=1) + "\n")
     write_atomically(partial / "codebook.json", pool.to_json())
-    shutil.rmtree(partial / "trainer", ignore_errors=True)
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()  # the next stage is a run of its own in this group
     partial.rename(stage.folder)
+    shutil.rmtree(stage.folder / "trainer", ignore_errors=True)
     (stage.folder / "DONE").touch()
 
 

@@ -65,6 +65,16 @@ def use_features(model) -> None:
     owner.vision_tower = CachedVisionTower(_layers(owner))
 
 
+def blank_pixels(owner: nn.Module) -> torch.Tensor:
+    """Return one picture of zeros as the LlavaModel `owner` takes it: pixels, or cached features."""
+    vision, weight = owner.config.vision_config, next(owner.multi_modal_projector.parameters())
+    if isinstance(owner.vision_tower, CachedVisionTower):
+        size = (1, len(owner.vision_tower.layers), 2, vision.hidden_size)  # the class token and one patch
+    else:
+        size = (1, 3, vision.image_size, vision.image_size)
+    return torch.zeros(size, device=weight.device, dtype=owner.dtype)
+
+
 def _owner(model) -> nn.Module:
     """Return the stock LlavaModel that holds the tower, below PEFT's wrapping if there is one."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

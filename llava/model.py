@@ -104,16 +104,19 @@ def set_adapter_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
             parameter.copy_(state[name])
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
+def save_adapter(model: nn.Module, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write LoRA and projector as one PEFT folder, then read it back. Raises ValueError if it holds no usable adapter.
 
-    The same weights, attached to the same base path, give the same bytes.
+    `weights` by parameter name take the place of the model's own, which an engine may have rounded or sharded. The same
+    weights, attached to the same base path, give the same bytes.
     """
     from peft import get_peft_model_state_dict
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if weights is not None and weights.keys() != trainable_parameters(model).keys():
+        raise ValueError(f"weights to save: {sorted(weights.keys() ^ trainable_parameters(model).keys())} do not fit")
+    state = get_peft_model_state_dict(model, weights, save_embedding_layers=False)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     config = copy.copy(model.peft_config["default"])

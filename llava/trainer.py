@@ -1,11 +1,8 @@
-"""Training: transformers' Trainer with LLaVA's batches, two learning rates, a stated loss normalisation and step hooks.
-
-The hooks are how a continual-learning method takes part: a term added to the loss, and the gradients and weights on
-either side of an optimizer step.
-"""
+"""Training: transformers' Trainer with LLaVA's batches, two learning rates and a stated loss normalisation."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -13,12 +10,12 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.training_args import ParallelMode
 from transformers.utils import ModelOutput
 
 from llava.conversation import IGNORE
 from llava.dataset import Collator, InstructionDataset
-from llava.hooks import Parameters, StepHooks
+from llava.features import blank_pixels
+from llava.hooks import TrainHooks
 from llava.model import is_projector, trainable_parameters
 from llava.sampler import ModalityLengthSampler
 
@@ -34,6 +31,7 @@ SETTINGS = {
     "logging_nan_inf_filter": False,
     "remove_unused_columns": False,
     "dataloader_pin_memory": False,
+    "ddp_find_unused_parameters": False,  # every batch reaches every parameter, see `_no_gradient`
 }
 
 
@@ -58,29 +56,16 @@ class LlavaTrainer(Trainer):
         pad_id: int,
         projector_lr: float | None = None,
         normalisation: str = "local",
-        hooks: StepHooks | None = None,
+        hooks: TrainHooks | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
         if normalisation not in NORMALISATIONS:
             raise ValueError(f"loss normalisation is {normalisation!r}; it must be one of {NORMALISATIONS}")
-        self.projector_lr, self.normalisation, self.hooks = projector_lr, normalisation, hooks or StepHooks()
+        self.projector_lr, self.normalisation, self.hooks = projector_lr, normalisation, hooks or TrainHooks()
         super().__init__(model, args, Collator(pad_id), dataset, callbacks=list(callbacks))
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = normalisation == "global"
         self.image_id = model.config.image_token_id
-        if hooks is not None:
-            self._check_engine()
-            self.add_callback(_HookCallback(hooks, trainable_parameters(model)))
-
-    def _check_engine(self) -> None:
-        """The seam for other engines: hooks read `p.grad`, which only a single process shows reduced and in place."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.parallel_mode == ParallelMode.DISTRIBUTED:
-            raise NotImplementedError(
-                "step hooks read gradients of a single process; DeepSpeed, FSDP and DDP keep theirs elsewhere or move "
-                "the weights before the hooks are called. Start one process on one device"
-            )
-        if self.args.n_gpu > 1:
-            raise NotImplementedError("step hooks need one device; set CUDA_VISIBLE_DEVICES to one of them")
 
     def _get_train_sampler(self, train_dataset=None) -> ModalityLengthSampler:
         lengths = self.train_dataset.modality_lengths
@@ -114,21 +99,42 @@ class LlavaTrainer(Trainer):
         """Return the loss of one micro-batch; logits are computed for the supervised positions alone."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        outputs, targets = supervised_logits(model, inputs, labels)
+        with nullcontext() if "pixel_values" in inputs else blank_picture(self.model):
+            outputs, targets = supervised_logits(model, inputs, labels)
         loss = token_loss(outputs.logits, targets, self.image_id)
         if self.normalisation == "local":
             loss = loss / len(targets)
         else:
             devices = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = loss * devices / num_items_in_batch
-        if "pixel_values" not in inputs:
-            loss = loss + _no_gradient(model)
         extra = self.hooks.loss(model, {**inputs, "labels": labels}, outputs)
         if extra is not None:
             # The Trainer divides a local loss by the accumulation steps, and takes a global one as it is.
             shares = self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
             loss = loss + extra / shares
         return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model) -> torch.Tensor:
+        self.grad_norm = super()._clip_grad_norm(model)
+        return self.grad_norm
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm for the log, None where there is no line to write: the stock one reads, scales by 1 (which spreads
+        a NaN to every tensor) and waits for the gradient at every step."""
+        if grad_norm is not None or (self.state.global_step + 1) % self.args.logging_steps:
+            return grad_norm
+        if self.is_deepspeed_enabled:
+            return self.model_wrapped.get_global_grad_norm()
+        return nn.utils.get_total_norm([p.grad for p in trainable_parameters(self.model).values()])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a line, and what the hooks add to it."""
+        super().log({**logs, **self.hooks.log()} if "loss" in logs else logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter of a checkpoint. DeepSpeed's own checkpoint holds it already."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
 
     def floating_point_ops(self, inputs) -> int:
         """Zero: nobody reads the estimate, and the stock one walks through all modules at every step."""
@@ -158,6 +164,28 @@ def token_loss(logits: torch.Tensor, targets: torch.Tensor, image_id: int) -> to
     return functional.cross_entropy(logits.float().index_fill(1, column, -torch.inf), targets, reduction="sum")
 
 
+@contextmanager
+def blank_picture(model: nn.Module) -> Iterator[None]:
+    """Lets a batch without pictures go through vision tower and projector like others, and changes nothing.
+
+    As in the original, which sends an empty picture along: the projector's gradient is zero rather than absent, so
+    that the optimizer's moments keep decaying. And engines need it: where one rank has pictures and another has none,
+    DDP waits for gradients that never come, and ZeRO, which reduces them in the order in which the backward pass makes
+    them, adds up those of different tensors without a word. So it enters where pictures enter, at the embeddings.
+    """
+    owner = model.get_base_model().model
+
+    def add(embeddings, inputs, output):
+        features = owner.get_image_features(pixel_values=blank_pixels(owner)).pooler_output
+        return output + (features[0].sum() * 0.0).to(output.dtype)
+
+    handle = model.get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class StepLog(TrainerCallback):
     """Advances a progress bar by the optimizer step and writes every log line of the Trainer to a JSON-lines file."""
 
@@ -172,28 +200,3 @@ class StepLog(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
-
-
-class _HookCallback(TrainerCallback):
-    """Calls the hooks on either side of the optimizer step, after checking that there is a gradient to see."""
-
-    def __init__(self, hooks: StepHooks, parameters: Parameters):
-        self.hooks, self.parameters = hooks, parameters
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        missing = [name for name, parameter in self.parameters.items() if parameter.grad is None]
-        if missing:
-            raise RuntimeError(f"no gradient before the optimizer step for {missing}; this engine hides it from hooks")
-        self.hooks.before_step(self.parameters)
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.hooks.after_step(self.parameters)
-
-
-def _no_gradient(model: nn.Module) -> torch.Tensor:
-    """Return a zero that depends on the projector.
-
-    A batch without pictures leaves the projector out of the graph. The original sends an empty picture through it, so
-    its gradient is zero rather than absent, and the optimizer's moments keep decaying: so they do here.
-    """
-    return sum(parameter.sum() * 0.0 for name, parameter in trainable_parameters(model).items() if is_projector(name))

@@ -28,7 +28,8 @@ def clearly(relation: str, a: Thing, b: Thing) -> bool:
     }[relation]
 
 
-RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+RELATIONS = tuple(OPPOSITE)
 
 
 def unique_relation(rng: random.Random, scene: Scene) -> tuple[Thing, str, Thing] | None:
@@ -44,12 +45,9 @@ def unique_relation(rng: random.Random, scene: Scene) -> tuple[Thing, str, Thing
 
 def true_or_false_relation(rng: random.Random, scene: Scene) -> tuple[Thing, str, Thing, bool] | None:
     """(a, relation, b, holds): as often true as false, and never a matter of degree."""
-    wanted, opposite = (
-        rng.random() < 0.5,
-        dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True)),
-    )
+    wanted = rng.random() < 0.5
     found = [
-        (a, relation if wanted else opposite[relation], b, wanted)
+        (a, relation if wanted else OPPOSITE[relation], b, wanted)
         for a in scene.things
         for b in scene.things
         for relation in RELATIONS

@@ -128,20 +128,16 @@ def _group_turns(rng: random.Random, scene: Scene) -> list[Turn]:
     listing = " and ".join(f"{_a(t.phrase)}" for t in sorted(scene.things, key=lambda t: (t.box[0], t.box[1])))
     turns.append((rng.choice(("Tell me what you see.", "Describe this.")), f"From left to right I see {listing}."))
     for thing in rng.sample(things, min(2, len(things))):
-        turns.append((f"Where is the {thing.phrase}?", f"The {thing.phrase} goes {_where(scene, thing)}."))
+        turns.append(_place(rng, scene, thing))
     for _ in range(2):
         if found := ask.unique_relation(rng, scene):
             a, relation, b = found
-            turns.append((f"Name the thing {relation} the {b.phrase}.", f"The {a.name} is {relation} the {b.phrase}."))
-        if found := ask.true_or_false_relation(rng, scene):
-            a, relation, b, holds = found
-            word = ("Yes", "it is") if holds else ("No", "it is not")
-            turns.append(
-                (
-                    f"Tell me if the {a.phrase} is {relation} the {b.phrase}.",
-                    f"{word[0]}, {word[1]} {relation} it.",
-                )
+            question = rng.choice(
+                ("Name the thing {} the {}.", "Tell me the thing {} the {}.", "Which thing do you see {} the {}?")
             )
+            turns.append((question.format(relation, b.phrase), f"The {a.name} is {relation} the {b.phrase}."))
+        if found := ask.true_or_false_relation(rng, scene):
+            turns.append(_relation_check(rng, *found))
     if pair := ask.bigger_pair(rng, scene):
         first, second = pair if rng.random() < 0.5 else pair[::-1]
         turns.append(
@@ -153,6 +149,28 @@ def _group_turns(rng: random.Random, scene: Scene) -> list[Turn]:
     return turns + _shape_turns(rng, scene) + [_presence(rng, scene)]
 
 
+def _place(rng: random.Random, scene: Scene, thing: Thing) -> Turn:
+    question = rng.choice(("Where is the {}?", "Point at the {}.", "Tell me where the {} goes."))
+    return question.format(thing.phrase), f"The {thing.phrase} goes {_where(scene, thing)}."
+
+
+def _relation_check(rng: random.Random, a: Thing, relation: str, b: Thing, holds: bool) -> Turn:
+    """Whether a stated relation holds, or (one time in four) which one does."""
+    true = relation if holds else ask.OPPOSITE[relation]
+    if rng.random() < 0.25:
+        return f"Tell me how the {a.phrase} lies to the {b.phrase}.", f"The {a.phrase} is {true} the {b.phrase}."
+    question = rng.choice(
+        (
+            "Tell me if the {} is {} the {}.",
+            "Would you say that the {} is {} the {}?",
+            "Does the {} lie {} the {}?",
+            "Am I right that the {} is {} the {}?",
+            "I think that the {} is {} the {}.",
+        )
+    ).format(a.phrase, relation, b.phrase)
+    return question, f"{'Yes' if holds else 'No'}, it is {true} it."
+
+
 def _shape_turns(rng: random.Random, scene: Scene) -> list[Turn]:
     turns = []
     shapes = [t for t in scene.things if t.kind == "shape"]
@@ -160,9 +178,9 @@ def _shape_turns(rng: random.Random, scene: Scene) -> list[Turn]:
         turns.append(
             rng.choice(
                 (
-                    (f"Tell me the color of the {shape.name}.", f"The {shape.name} is {shape.color}."),
+                    (f"{_tell(rng, 'color')} of the {shape.name}.", f"The {shape.name} is {shape.color}."),
                     (
-                        f"Tell me the shape of the {shape.color} thing.",
+                        f"{_tell(rng, 'shape')} of the {shape.color} thing.",
                         f"The {shape.color} thing is {_a(shape.name)}.",
                     ),
                 )
@@ -171,28 +189,48 @@ def _shape_turns(rng: random.Random, scene: Scene) -> list[Turn]:
     if len(shapes) == 2 and shapes[0].name != shapes[1].name:
         same = shapes[0].color == shapes[1].color
         answer = "Yes, they have the same color." if same else "No, they have different colors."
-        turns.append((f"Compare the colors of the {shapes[0].name} and the {shapes[1].name}.", answer))
+        question = rng.choice(
+            (
+                "Compare the colors of the {} and the {}.",
+                "Do the {} and the {} have one color?",
+                "Tell me if the {} and the {} match in color.",
+                "Would you say that the {} and the {} match in color?",
+            )
+        )
+        turns.append((question.format(shapes[0].name, shapes[1].name), answer))
     return turns
+
+
+def _tell(rng: random.Random, what: str) -> str:
+    return rng.choice(("Tell me the {}", "Name the {}", "Give me the {}")).format(what)
 
 
 def _presence(rng: random.Random, scene: Scene) -> Turn:
     phrases = {t.phrase for t in scene.things}
-    if rng.random() < 0.5:
-        phrase = rng.choice(sorted(phrases))
-        return f"Can you see {_a(phrase)}?", f"Yes, I can see {_a(phrase)}."
+    there = rng.random() < 0.5
     absent = [n for n in (*SCENERY_NAMES, *(f"{c} {s}" for c in COLORS for s in SHAPES)) if n not in phrases]
-    phrase = rng.choice(absent)
-    return f"Can you see {_a(phrase)}?", f"No, I cannot see {_a(phrase)}."
+    phrase = rng.choice(sorted(phrases) if there else absent)
+    question, yes, no = rng.choice(
+        (
+            ("Can you see {}?", "Yes, I can see {}.", "No, I cannot see {}."),
+            ("Do you see {} anywhere?", "Yes, I can see {}.", "No, I cannot see {}."),
+            ("Tell me if {} is shown.", "Yes, {} is shown.", "No, {} is not shown."),
+            ("Does this show {}?", "Yes, {} is shown.", "No, {} is not shown."),
+            ("I would like to find {} here.", "Yes, I can see {}.", "No, I cannot see {}."),
+        )
+    )
+    return question.format(_a(phrase)), (yes if there else no).format(_a(phrase))
 
 
 def _count_turns(rng: random.Random, scene: Scene) -> list[Turn]:
     target, copies = scene.facts["target"], scene.facts["copies"]
     noun = target.phrase if copies == 1 else ask.plural(target.phrase)
-    turns = [(f"Count the {ask.plural(target.phrase)}.", f"I count {copies} {noun}."), _presence(rng, scene)]
+    question = rng.choice(("Count the {}.", "Tell me the number of {}.", "Give me the number of {} that you see."))
+    turns = [(question.format(ask.plural(target.phrase)), f"I count {copies} {noun}."), _presence(rng, scene)]
     if target.kind == "shape" and all(t.name != target.name or t.color == target.color for t in scene.things):
         turns.append(
             (
-                f"Tell me the color of the {ask.plural(target.name)}.",
+                f"{_tell(rng, 'color')} of the {ask.plural(target.name)}.",
                 f"I would say that {target.name} is {target.color}.",
             )
         )
@@ -204,8 +242,9 @@ def _sign_turns(rng: random.Random, scene: Scene) -> list[Turn]:
     turns = []
     for sign in signs:
         which = f"the {sign.color} sign" if len(signs) == 2 or rng.random() < 0.3 else "the sign"
-        turns.append((f"Read {which} to me.", f"On {which} I read {sign.name}."))
-        turns.append((f"Where is the {sign.phrase}?", f"The {sign.phrase} goes {_where(scene, sign)}."))
+        question = rng.choice(("Read {} to me.", "Tell me the word on {}.", "Give me the word that you read on {}."))
+        turns.append((question.format(which), f"On {which} I read {sign.name}."))
+        turns.append(_place(rng, scene, sign))
     return turns
 
 
@@ -218,12 +257,21 @@ def _cover_turns(rng: random.Random, scene: Scene) -> list[Turn]:
     )
     asked = genre if yes else other
     verdict = "Yes, it belongs" if asked == genre else "No, it does not belong"
+    shelf = f"It belongs on the {genre} shelf."
+    question = rng.choice(
+        (
+            "Tell me if it belongs on the {} shelf.",
+            "Does it belong to {}?",
+            "Would you say that it is about {}?",
+            "Am I right that you find it on the {} shelf?",
+        )
+    )
     return [
         ("Describe this.", f"I see the book {title} by {author}, about {genre}."),
-        ("Read the title to me.", f"I read {title} at the top."),
-        ("Tell me who wrote it.", f"It was written by {author}."),
-        ("Tell me which shelf it belongs on.", f"It belongs on the {genre} shelf."),
-        (f"Tell me if it belongs on the {asked} shelf.", f"{verdict} on the {asked} shelf."),
+        (rng.choice(("Read the title to me.", "Tell me the title.")), f"I read {title} at the top."),
+        (rng.choice(("Tell me who wrote it.", "Name the person who wrote it.")), f"It was written by {author}."),
+        (rng.choice(("Tell me which shelf it belongs on.", "On which shelf do you find it?")), shelf),
+        (question.format(asked), f"{verdict} on the {asked} shelf."),
     ]
 
 

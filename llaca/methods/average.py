@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from llaca.config import MethodConfig
-from llaca.ema import DynamicAverage
+from llaca.ema import DynamicAverage, Trace
+from llaca.engine import Shards
 from llaca.methods.base import Method
-from llava.hooks import Parameters
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -30,9 +31,10 @@ class MovingAverage(Method):
         if config.average is None:
             raise ValueError(f"method {config.method} needs a rule for beta: set average, e.g. --average eq45")
         self.average: DynamicAverage | None = None
+        self._traces: list[Trace] = []
         self._start(["trial"], [torch.zeros(1)], steps=1000)  # raises now for settings that would fail in stage 4
 
-    def _start(self, names: list[str], tensors: list[torch.Tensor], steps: int) -> DynamicAverage:
+    def _start(self, names: list[str], tensors: list[Tensor], steps: int) -> DynamicAverage:
         own = {"beta": self.config.beta, "constant": self.config.constant}
         if self.config.horizon is not None:
             own["mu_rel"] = max(self.config.horizon * steps - 1, 1e-3)
@@ -40,34 +42,74 @@ class MovingAverage(Method):
         config = self.config
         return DynamicAverage(names, tensors, config.average, config.fallback_beta, config.average_start, **own)
 
-    def before_task(self, matched: bool, parameters: Parameters, steps: int) -> None:
-        self.average = self._start(list(parameters), list(parameters.values()), steps) if matched else None
+    @property
+    def watches(self) -> bool:
+        return self.average is not None
 
-    def after_step(self, parameters: Parameters) -> None:
-        if self.average is not None:
-            tensors = list(parameters.values())
-            self.average.step(tensors, [p.grad for p in tensors])
+    def before_task(self, shards: Shards, matched: bool, steps: int) -> None:
+        self.average = self._start(shards.names, shards.parameters, steps) if matched else None
+        self._traces = []
 
-    def after_task(self, parameters: Parameters, folder: Path) -> dict:
+    def after_step(self, shards: Shards) -> None:
+        table = self.average.measure(shards.parameters, shards.gradients)
+        self.average.update(shards.sum(table), shards.parameters)
+
+    def log(self) -> dict[str, float]:
+        """Over the steps since the last line: the median of beta and the share of tensor-steps that fell back."""
         if self.average is None:
-            return {"averaged": False}
+            return {}
         trace = self.average.drain_trace()
-        beta_table(trace).to_csv(folder / "beta.csv", index=False, float_format="%.6g")
-        averages = self.average.averages()
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(averages[name])
-        return {
-            "averaged": True,
+        self._traces.append(trace)
+        return {"beta_median": float(np.median(trace.beta)), "beta_fallback_share": float(trace.fallback.mean())}
+
+    def after_task(self, shards: Shards, folder: Path) -> tuple[list[Tensor] | None, dict]:
+        if self.average is None:
+            return None, {}
+        trace = self._trace()
+        table = full_table(trace, shards.names) if self.config.beta_trace == "full" else quantile_table(trace)
+        table.to_csv(folder / "beta.csv", index=False, float_format="%.9g")
+        return list(self.average.averages().values()), {
             "average": self.average.settings,
+            "average_bytes": self.average.bytes(),
             "beta_fallback_share": float(trace.fallback.mean()),
             "beta_median": float(np.median(trace.beta)),
         }
 
+    def state_dict(self) -> dict:
+        if self.average is None:
+            return {}
+        trace = self._trace()
+        return {"average": self.average.state_dict(), "trace": [torch.from_numpy(rows) for rows in trace[1:]]}
 
-def beta_table(trace) -> pd.DataFrame:
+    def load_state_dict(self, state: dict) -> None:
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+            self._traces = [Trace(1, *(rows.numpy() for rows in state["trace"]))]
+
+    def _trace(self) -> Trace:
+        # all of the stage so far
+        self._traces.append(self.average.drain_trace())
+        whole = Trace(1, *(np.concatenate(rows) for rows in list(zip(*self._traces, strict=True))[1:]))
+        self._traces = [whole]
+        return whole
+
+
+def quantile_table(trace: Trace) -> pd.DataFrame:
     """A row per step: quantiles over tensors of the beta that was used, and the share of tensors that fell back."""
     quantiles = np.quantile(trace.beta, QUANTILES, axis=1).T
     table = pd.DataFrame(quantiles, columns=[f"beta_q{round(100 * q):02d}" for q in QUANTILES])
     table.insert(0, "step", np.arange(trace.first_step, trace.first_step + len(table)))
     return table.assign(fallback_share=trace.fallback.mean(axis=1))
+
+
+def full_table(trace: Trace, names: list[str]) -> pd.DataFrame:
+    """A row per step and tensor: the beta that was used, and whether it is the fallback."""
+    steps = np.arange(trace.first_step, trace.first_step + len(trace.beta))
+    return pd.DataFrame(
+        {
+            "step": np.repeat(steps, len(names)),
+            "tensor": np.tile(names, len(steps)),
+            "beta": trace.beta.ravel(),
+            "fallback": trace.fallback.ravel().astype(int),
+        }
+    )

@@ -2,17 +2,18 @@
 
 from pathlib import Path
 
-from llaca.config import MethodConfig
-from llava.hooks import Parameters, StepHooks
+from torch import Tensor
 
-AVERAGE_FIELDS = ("average", "average_start", "fallback_beta", "beta", "constant", "horizon")
+from llaca.config import AVERAGE_FIELDS, MethodConfig
+from llaca.engine import Shards
+from llava.hooks import TrainHooks
 
 
-class Method(StepHooks):
+class Method(TrainHooks):
     """A way to train a stream. One object serves a whole run.
 
-    A stage calls before_task; then, for every micro-batch, loss and, for every optimizer step, before_step and
-    after_step (see llava/hooks.py); then after_task.
+    A stage calls before_task; then, for every micro-batch, loss (llava/hooks.py) and, for every optimizer step,
+    after_step; then after_task. Shards are this rank's part of the trainable tensors (llaca/engine.py).
     """
 
     trains = True  # False: the base model is only evaluated
@@ -26,12 +27,25 @@ class Method(StepHooks):
         if given and not self.averages:
             raise ValueError(f"method {config.method} keeps no average; drop {', '.join(given)} or choose llaca")
 
-    def before_task(self, matched: bool, parameters: Parameters, steps: int) -> None:
-        """Before a stage of `steps` optimizer steps; `matched`: it continues a parameter set of the pool."""
+    @property
+    def watches(self) -> bool:
+        """Whether this stage needs after_step."""
+        return False
 
-    def after_task(self, parameters: Parameters, folder: Path) -> dict:
-        """After a stage: may change the parameters in place and write into `folder`; returns facts for stage.json.
+    def before_task(self, shards: Shards, matched: bool, steps: int) -> None:
+        """A stage of `steps` optimizer steps begins at these weights; `matched`: it continues an existing group."""
 
-        The key `averaged` says whether the parameters were changed, so that the trained ones are kept beside them.
-        """
-        return {"averaged": False}
+    def after_step(self, shards: Shards) -> None:
+        """The parameters have just moved by these gradients."""
+
+    def after_task(self, shards: Shards, folder: Path) -> tuple[list[Tensor] | None, dict]:
+        """The shards to hand on (None: as trained) and what stage.json tells. Every rank calls it; only `folder` of
+        the first is kept."""
+        return None, {}
+
+    def state_dict(self) -> dict:
+        """All that this rank needs to go on inside a stage exactly."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over a `state_dict`, after before_task."""

@@ -1,0 +1,232 @@
+"""The Trainer's callbacks: the method's view of every optimizer step, checkpoints inside a stage, and signals.
+
+A checkpoint is what the Trainer writes (weights, optimizer, scheduler, the random generators of every rank, the
+position in the data), the method's state beside it, and COMPLETE, written last. A process that is killed leaves at most
+one folder without COMPLETE, which is never read.
+"""
+
+import json
+import shutil
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import TrainerCallback
+
+from llaca import ranks
+from llaca.engine import layout_of, zero_stage
+from llava.model import trainable_parameters
+from llava.trainer import LlavaTrainer
+
+
+class Tap(TrainerCallback):
+    """Calls `method.before_task(shards, matched, steps)` when training begins and, while `method.watches`,
+    `method.after_step(shards)` once per optimizer step.
+
+    start: the full float32 weights that training starts from, where the engine may have rounded them; None where a
+        checkpoint holds them.
+    seen: the gradient that the method sees when the recipe clips it: "clipped", as the step used it, or "unclipped".
+
+    Raises RuntimeError, naming the tensor and the engine's state, before the step for a gradient that is missing, and
+    FloatingPointError after a step that DeepSpeed skipped for one that is not finite (with fp16 that is its loss
+    scaling at work, and the average is left as it is). Where the engine does step, the method finds the latter.
+    """
+
+    def __init__(self, method, matched: bool, steps: int, start: dict[str, Tensor] | None, seen: str):
+        self.method, self.matched, self.steps, self.start, self.seen = method, matched, steps, start, seen
+        self._handles, self._reached, self._stepped, self._shown = [], {}, {}, 0
+
+    def attach(self, trainer: LlavaTrainer) -> None:
+        """Listens to `trainer`."""
+        self.trainer = trainer
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        self.layout, self.stage = layout_of(trainer), zero_stage(trainer)
+        if self.stage == 0 and self.seen == "unclipped" and args.max_grad_norm > 0:
+            raise ValueError("ZeRO 0 clips without telling by how much; use DDP, which is the same computation")
+        if self.start is not None:
+            self.layout.write(self.start)
+            self.start = None
+        self.method.before_task(self.layout.shards(), self.matched, self.steps)
+        if not self.method.watches:
+            return
+        optimizer = trainer.optimizer.optimizer if self.stage is None else trainer.model_wrapped.basic_optimizer
+        self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        for name, parameter in trainable_parameters(trainer.model).items():
+            reached = partial(self._reach, name)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(reached))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.method.watches and self._shown != 1:
+            if not (self.stage and self.trainer.model_wrapped.optimizer.overflow):
+                raise RuntimeError(f"the method saw {self._shown} optimizer steps instead of one: {self._state()}")
+            if not self.trainer.model_wrapped.fp16_enabled():
+                raise FloatingPointError(f"non-finite gradient of {self._not_finite()}: {self._state()}")
+        self._shown = 0
+        self._reached.clear()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for handle in self._handles:
+            handle.remove()
+
+    def _reach(self, name: str, parameter: Tensor) -> None:
+        # ZeRO puts zeros where a gradient is missing, and forgets one that it does not step on: only the backward pass
+        # knows. A sum tells whether all elements are finite, at the price of reading them once.
+        if self.stage:
+            seen = parameter.grad.sum(dtype=torch.float32)
+            self._reached[name] = self._reached[name] + seen if name in self._reached else seen
+        else:
+            self._reached[name] = None
+
+    def _not_finite(self) -> list[str]:
+        mine = [name for name, total in self._reached.items() if not total.isfinite()]
+        everyone = [mine]
+        if dist.is_initialized():
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+        return [name for name in self.layout.names if any(name in names for names in everyone)]
+
+    def _before(self, optimizer, args, kwargs) -> None:
+        about = {id(tensor): tensor for group in optimizer.param_groups for tensor in group["params"]}
+        missing = [
+            piece.name
+            for piece in self.layout.pieces
+            if piece.name not in self._reached or (id(piece.flat) in about and piece.flat.grad is None)
+        ]
+        if missing:
+            raise RuntimeError(f"no gradient before the optimizer step for {missing}: {self._state()}")
+
+    def _after(self, optimizer, args, kwargs) -> None:
+        self._stepped |= {id(tensor): tensor.grad for group in optimizer.param_groups for tensor in group["params"]}
+        if any(id(flat) not in self._stepped for flat in self.layout.flats):
+            return  # ZeRO 1 to 3 call the optimizer once for every group
+        shards = self.layout.shards(self._stepped)
+        if self.seen == "unclipped" and self.trainer.args.max_grad_norm > 0:
+            shards.gradients = torch._foreach_mul(shards.gradients, self._clipped_by())
+        self._stepped = {}
+        self._shown += 1
+        self.method.after_step(shards)
+
+    def _clipped_by(self) -> Tensor:
+        trainer = self.trainer
+        norm = trainer.grad_norm if self.stage is None else trainer.model_wrapped.optimizer._global_grad_norm
+        return ((torch.as_tensor(norm) + 1e-6) / trainer.args.max_grad_norm).clamp(min=1.0)
+
+    def _state(self) -> str:
+        args = self.trainer.args
+        return (
+            f"{self.layout.engine}, rank {args.process_index} of {args.world_size}, optimizer step "
+            f"{self.trainer.state.global_step + 1}, {args.gradient_accumulation_steps} micro-batches a step"
+        )
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`, None without one; incomplete ones are removed.
+
+    Raises ValueError if it was written by another number of processes.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    complete = [path for path in found if (path / "COMPLETE").is_file()]
+    if ranks.first():
+        for path in set(found) - set(complete[-1:]):
+            shutil.rmtree(path)
+    ranks.wait()
+    if not complete:
+        return None
+    told = json.loads((complete[-1] / "COMPLETE").read_text(encoding="utf-8"))
+    if told["processes"] != ranks.count():
+        raise ValueError(
+            f"{complete[-1]} was written by {told['processes']} processes, here are {ranks.count()}: go on with as "
+            f"many, or delete {folder} to train the stage anew"
+        )
+    return complete[-1]
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Drops what was logged after `step`: it will be logged again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")
+
+
+class Checkpoints(TrainerCallback):
+    """Completes the Trainer's checkpoints, and takes the method's state back from `checkpoint`, if there is one.
+
+    seconds: of training so far, those before the kill included.
+    """
+
+    def __init__(self, tap: Tap, folder: Path, checkpoint: Path | None):
+        self.tap, self.folder, self.checkpoint = tap, folder, checkpoint
+        self._before = 0.0
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
+
+    def _state_file(self, checkpoint: Path, rank: int) -> Path:
+        return checkpoint / f"method-{rank if self.tap.layout.sharded else 0}.pt"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.checkpoint is not None:
+            path = self._state_file(self.checkpoint, args.process_index)
+            self.tap.method.load_state_dict(torch.load(path, weights_only=True))
+            told = json.loads((self.checkpoint / "COMPLETE").read_text(encoding="utf-8"))
+            self._before = told["seconds"]
+        self._started = time.monotonic()
+
+    def on_save(self, args, state, control, **kwargs):
+        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        if self.tap.layout.sharded or ranks.first():
+            torch.save(self.tap.method.state_dict(), self._state_file(checkpoint, args.process_index))
+        ranks.wait()
+        if ranks.first():
+            told = {"step": state.global_step, "processes": args.world_size, "seconds": self.seconds}
+            (checkpoint / "partial").write_text(json.dumps(told), encoding="utf-8")
+            (checkpoint / "partial").rename(checkpoint / "COMPLETE")
+            for path in self.folder.glob("checkpoint-*"):
+                if path != checkpoint:
+                    shutil.rmtree(path)
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM or SIGINT end training after the current step, with a checkpoint; several processes agree first, at the
+    next line of the log."""
+
+    def __init__(self):
+        self.signal = self.agreed = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number, frame):
+        self.signal = number
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1 and state.global_step % args.logging_steps == 0:
+            flag = torch.tensor([self.signal], device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            self.agreed = int(flag)
+        elif args.world_size == 1:
+            self.agreed = self.signal
+        if self.agreed:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def leave_if_stopped(self, where: Path) -> None:
+        """Ends the process if a signal asked for it."""
+        if self.agreed:
+            if ranks.first():
+                print(f"{where}: stopped by a signal and saved; the same command goes on", file=sys.stderr)
+            sys.exit(128 + self.agreed)

@@ -1,0 +1,157 @@
+"""What an engine shows of its trainable tensors around an optimizer step: one process, DDP, DeepSpeed ZeRO 0 to 3.
+
+Under DeepSpeed the engine steps inside `accelerator.backward`, so that every callback of the Trainer comes too late:
+the parameters have moved and no gradient is left. But whatever the engine, in the end one torch optimizer steps on
+tensors whose `.grad` is the reduced and unscaled gradient: the parameters themselves (one process, DDP, ZeRO 0), or
+flat float32 partitions of them, one optimizer call after the other (ZeRO 1 to 3, offloaded or not). torch's own step
+hooks sit there.
+
+    Layout   which elements of which tensor this rank steps on
+    Shards   those elements and their gradients, as a method sees them
+
+A step that the engine skips for an overflow calls no optimizer, so the method does not see it. Who calls the method is
+llaca/callbacks.py.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llava.model import trainable_parameters
+
+if TYPE_CHECKING:  # brings in PEFT and, where installed, bitsandbytes
+    from llava.trainer import LlavaTrainer
+
+
+class Piece(NamedTuple):
+    """Elements [start, start + numel) of the tensor `name`, which lie at `offset` of what the optimizer steps on."""
+
+    name: str
+    shape: torch.Size
+    flat: Tensor | None  # None: this rank steps on no element of it
+    offset: int
+    start: int
+    numel: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its view of `flat`, or of a tensor like `flat`: in the full shape where nothing is sharded, else [numel]."""
+        tensor = tensor.detach()
+        if tensor.dim() == len(self.shape) and self.numel == tensor.numel():
+            return tensor
+        return tensor[self.offset : self.offset + self.numel]
+
+
+@dataclass
+class Shards:
+    """This rank's part of the trainable tensors: `names`, `parameters` and, directly after a step, its `gradients`.
+
+    Where nothing is sharded every rank has all of them, in their own shapes; else pieces of any length, also empty,
+    float32. The parameters are live views.
+    """
+
+    layout: "Layout"
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+
+    @property
+    def names(self) -> list[str]:
+        return self.layout.names
+
+    def sum(self, table: Tensor) -> Tensor:
+        """The sum of the ranks' tables, where the ranks hold different elements: one small all-reduce."""
+        if not self.layout.sharded:
+            return table
+        device = self.layout.device
+        total = table.to(device, copy=True)
+        dist.all_reduce(total)
+        return total.to(table.device)
+
+
+class Layout:
+    """The pieces of this rank, in the model's order, and all tensors that its optimizer steps on."""
+
+    def __init__(self, engine: str, pieces: list[Piece], flats: list[Tensor], sharded: bool, device: torch.device):
+        self.engine, self.pieces, self.flats, self.sharded, self.device = engine, pieces, flats, sharded, device
+        self.names = [piece.name for piece in pieces]
+        self._nothing = flats[0].new_empty(0, dtype=torch.float32)
+
+    def shards(self, gradients: dict[int, Tensor] | None = None) -> Shards:
+        """The live parameters; `gradients` maps the id of each `flat` to its gradient."""
+        parameters = [self._nothing if p.flat is None else p.of(p.flat) for p in self.pieces]
+        if gradients is None:
+            return Shards(self, parameters, [])
+        grads = [self._nothing if p.flat is None else p.of(gradients[id(p.flat)]) for p in self.pieces]
+        return Shards(self, parameters, grads)
+
+    def gather(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+        """name -> the full tensor, float32 on the CPU, of shards like `shards().parameters`; call it on every rank."""
+        full = {}
+        for piece, tensor in zip(self.pieces, tensors, strict=True):
+            if self.sharded:
+                whole = torch.zeros(piece.shape.numel(), device=self.device)
+                whole[piece.start : piece.start + piece.numel] = tensor.to(self.device)
+                dist.all_reduce(whole)  # the other ranks hold zeros there: exact
+                tensor = whole.view(piece.shape)
+            full[piece.name] = tensor.detach().to("cpu", torch.float32, copy=True)
+        return full
+
+    @torch.no_grad()
+    def write(self, full: dict[str, Tensor]) -> None:
+        """Put full tensors into what the optimizer steps on. Float32 masters of a bfloat16 model need it to start from
+        what was saved, not from its rounding."""
+        for piece in self.pieces:
+            if piece.flat is not None:
+                values = full[piece.name].reshape(-1)[piece.start : piece.start + piece.numel]
+                target = piece.of(piece.flat)
+                target.copy_(values.view(target.shape))
+
+
+def zero_stage(trainer: "LlavaTrainer") -> int | None:
+    """DeepSpeed's ZeRO stage, None without DeepSpeed."""
+    return trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else None
+
+
+def layout_of(trainer: "LlavaTrainer") -> Layout:
+    """The layout of a trainer that has prepared its model. Raises ValueError for an engine that is not supported."""
+    stage, parameters = zero_stage(trainer), trainable_parameters(trainer.model)
+    device, world = trainer.args.device, trainer.args.world_size
+    if trainer.is_fsdp_enabled or trainer.args.n_gpu > 1:
+        raise ValueError("FSDP and DataParallel are not supported: use DDP (--launcher torchrun) or DeepSpeed")
+    if not stage:
+        pieces = [Piece(name, p.shape, p, 0, 0, p.numel()) for name, p in parameters.items()]
+        engine = "DeepSpeed ZeRO 0" if stage == 0 else "DDP" if world > 1 else "one process"
+        return Layout(engine, pieces, list(parameters.values()), False, device)
+    deepspeed = trainer.model_wrapped
+    if stage == 3:
+        if deepspeed.optimizer.swap_optimizer:
+            raise ValueError("ZeRO-Infinity (offload to NVMe) is not supported: offload to the CPU")
+        pieces = [_piece_of_stage3(deepspeed.optimizer, *item) for item in parameters.items()]
+        flats = list(deepspeed.optimizer.fp32_partitioned_groups_flat)
+    else:
+        flats = [group["params"][0] for group in deepspeed.basic_optimizer.param_groups]
+        pieces = [_piece_of_stage12(flats, *item) for item in parameters.items()]
+    return Layout(f"DeepSpeed ZeRO {stage}", pieces, flats, world > 1, device)
+
+
+def _piece_of_stage12(flats: list[Tensor], name: str, parameter: Tensor) -> Piece:
+    mapping = parameter._hp_mapping  # what deepspeed.utils.safe_get_local_fp32_param reads
+    if mapping is None:
+        return Piece(name, parameter.shape, None, 0, 0, 0)
+    flat, there, here = flats[mapping.param_group_index], mapping.hp_fragment_address, mapping.lp_fragment_address
+    if flat[there.start :].data_ptr() != mapping.hp_fragment.data_ptr():
+        raise ValueError(f"{name}: DeepSpeed's optimizer does not step on the float32 partition that it reports")
+    return Piece(name, parameter.shape, flat, there.start, here.start, there.numel)
+
+
+def _piece_of_stage3(zero, name: str, parameter: Tensor) -> Piece:
+    group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+    start = dist.get_rank(parameter.ds_process_group) * size
+    numel = min(size, parameter.ds_numel - start)  # the last partition is padded
+    if numel <= 0:
+        return Piece(name, torch.Size(parameter.ds_shape), None, 0, 0, 0)
+    flat = zero.fp32_partitioned_groups_flat[group]
+    return Piece(name, torch.Size(parameter.ds_shape), flat, offset, start, numel)

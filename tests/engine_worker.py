@@ -1,0 +1,94 @@
+"""What tests/test_llaca_engine.py runs in several processes: faults and clipping under one engine, told as JSON.
+
+torchrun ... tests/engine_worker.py BASE DATA OUT none|DEEPSPEED.json SCENARIO ...
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from llaca import ranks
+from llaca.callbacks import Tap
+from llaca.methods.base import Method
+from llava.dataset import InstructionDataset, load_samples
+from llava.model import attach_lora, load_base
+from llava.trainer import LlavaTrainer, training_arguments
+
+FAULTY = "layers.1.self_attn.v_proj.lora_B.default.weight"
+
+
+class Recorder(Method):
+    """Counts the steps and adds up the squared gradients of all ranks."""
+
+    watches = True
+
+    def __init__(self, poison: str | None = None):
+        self.poison, self.norms = poison, []
+
+    def loss(self, model, inputs, outputs):
+        if self.poison:
+            named = {name: p for name, p in model.named_parameters() if name.endswith(self.poison)}
+            return next(iter(named.values())).sum() * float("nan")
+        return None
+
+    def after_step(self, shards):
+        table = torch.stack([g.double().square().sum() for g in shards.gradients])
+        if not table.isfinite().all():
+            broken = [n for n, value in zip(shards.names, shards.sum(table), strict=True) if not value.isfinite()]
+            raise FloatingPointError(f"not finite: {broken}")
+        self.norms.append(shards.sum(table).sum().sqrt().item())
+
+
+def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) -> dict:
+    """One short training; returns the gradients' norms or the error."""
+    torch.manual_seed(0)
+    model, processor = load_base(base)
+    model = attach_lora(model, 4, 8, 0.0)
+    dataset = InstructionDataset(load_samples(data / "train.json", data), processor, 36, 512)
+    method = Recorder(FAULTY if name == "nan" else None)
+    if name == "missing":
+        lost = next(module for path, module in model.named_modules() if f"{path}.weight".endswith(FAULTY))
+        lost.forward = lambda x: functional.linear(x, lost.weight.detach())
+    arguments = training_arguments(
+        folder / name,
+        per_device_train_batch_size=2,
+        max_steps=4,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        disable_tqdm=True,
+        max_grad_norm=0.01 if name in ("clipped", "unclipped") else 0.0,
+        bf16=name == "bf16",
+        deepspeed=zero,
+    )
+    trainer = LlavaTrainer(model, arguments, dataset, 0, None, "global", method)
+    tap = Tap(method, True, 4, None, "unclipped" if name == "unclipped" else "clipped")
+    tap.attach(trainer)
+    try:
+        trainer.train()
+    except (RuntimeError, ValueError, FloatingPointError) as error:
+        return {"error": str(error), "steps": len(method.norms)}
+    finally:
+        unset_hf_deepspeed_config()
+    weights = tap.layout.gather(tap.layout.shards().parameters)
+    return {"norms": method.norms, "sum": {n: t.double().abs().sum().item() for n, t in weights.items()}}
+
+
+def main() -> None:
+    base, data, out, zero, *names = sys.argv[1:]
+    ranks.start("none" if zero == "none" else "2")
+    told = {}
+    for name in names:
+        told[name] = scenario(name, Path(base), Path(data), Path(out).parent, None if zero == "none" else zero)
+        if "error" in told[name] and len(names) > 1:
+            break
+    if ranks.first():
+        Path(out).write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The dynamic average under every engine: two real processes, the numbers of one; a missing gradient stops the run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from llaca.engine import Layout, Piece
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_every_engine_gives_the_betas_and_averages_of_one_process(tmp_path):
+    """The script exits with 1 if a beta or an average is more than 1e-4 apart."""
+    out, engines = tmp_path / "table.csv", ["one process, accumulation 2", "DDP x2", "ZeRO 2 x2", "ZeRO 3 x2"]
+    line = [sys.executable, "scripts/engines.py", "--out", str(out), "--work", str(tmp_path), "--engines", *engines]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = pd.read_csv(out).set_index(["rule", "engine"])
+    assert len(table) == 12
+    for rule in ("eq45", "eq14", "lcia_release"):
+        rows = table.loc[rule]
+        assert 5 < rows["fallback %"].iloc[0] < 95, "both branches of the range rule are compared"
+        assert rows.loc["ZeRO 2 x2", "relative"] < 1e-5
+        for engine in engines[2:]:
+            half = rows.loc[engine, "bytes a rank"] / rows.loc[engines[0], "bytes a rank"]
+            assert half == pytest.approx(0.5, rel=0.05)
+            assert rows.loc[engine, "collectives a step"] == 1
+        assert rows.loc["DDP x2", "collectives a step"] == 0
+
+
+def test_pieces_of_two_ranks_make_up_the_tensors():
+    """Two tensors laid end to end, cut in the middle of the second, the last partition padded."""
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(10.0, 18.0).view(8)}
+    laid = torch.cat([*(t.flatten() for t in tensors.values()), torch.zeros(2)])
+    ranks = []
+    for rank, flat in enumerate(laid.clone().view(2, 8)):
+        pieces = (
+            [Piece("a", torch.Size([2, 3]), flat, 0, 0, 6), Piece("b", torch.Size([8]), flat, 6, 0, 2)]
+            if rank == 0
+            else [Piece("a", torch.Size([2, 3]), None, 0, 0, 0), Piece("b", torch.Size([8]), flat, 0, 2, 6)]
+        )
+        ranks.append(Layout("test", pieces, [flat], True, torch.device("cpu")))
+    for index, tensor in enumerate(tensors.values()):
+        parts = [layout.shards().parameters[index] for layout in ranks]
+        assert torch.equal(torch.cat([part.flatten() for part in parts]), tensor.flatten())
+    for layout in ranks:
+        layout.write({name: tensor + 100 for name, tensor in tensors.items()})
+        gradients = layout.shards({id(layout.flats[0]): layout.flats[0] * 2}).gradients
+        for parameter, gradient in zip(layout.shards().parameters, gradients, strict=True):
+            assert torch.equal(2 * parameter, gradient)
+    assert torch.equal(torch.cat([layout.flats[0] for layout in ranks])[:14], laid[:14] + 100)
+    assert torch.equal(ranks[1].flats[0][6:], torch.zeros(2)), "the padding is nobody's"
