@@ -1,5 +1,6 @@
 """The dynamic average under every engine: two real processes, the numbers of one; a missing gradient stops the run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -32,6 +33,51 @@ def test_every_engine_gives_the_betas_and_averages_of_one_process(tmp_path):
             assert half == pytest.approx(0.5, rel=0.05)
             assert rows.loc[engine, "collectives a step"] == 1
         assert rows.loc["DDP x2", "collectives a step"] == 0
+
+
+FAULTY = "base_model.model.model.language_model.layers.1.self_attn.v_proj.lora_B.default.weight"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+
+
+def work(base: Path, data: Path, folder: Path, launch: list[str], zero: str, *scenarios: str) -> dict:
+    """What tests/engine_worker.py tells."""
+    out = folder / f"{zero}-{'-'.join(scenarios)}.json"
+    config = "none" if zero == "none" else f"scripts/zero{zero}.json"
+    line = [*launch, "tests/engine_worker.py", str(base), str(data), str(out), config, *scenarios]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_base, tiny_data, tmp_path_factory):
+    """One process that makes the two processes' micro-batches one after the other."""
+    folder = tmp_path_factory.mktemp("alone")
+    return work(tiny_base, tiny_data, folder, [sys.executable], "none", "clipped", "unclipped", "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["none", "2", "3"])
+def test_two_processes_train_as_one_and_stop_for_a_missing_gradient(alone, tiny_base, tiny_data, tmp_path, zero):
+    """The last batch has pictures on one rank and none on the other: the ranks' backward passes must not differ."""
+    told = work(tiny_base, tiny_data, tmp_path, TORCHRUN, zero, "clipped", "unclipped", "plain", "missing")
+    for name in ("clipped", "unclipped", "plain"):
+        assert told[name]["norms"] == pytest.approx(alone[name]["norms"], rel=2e-5)
+        assert told[name]["sum"] == pytest.approx(alone[name]["sum"], rel=1e-4, abs=1e-4)
+    assert told["clipped"]["norms"] == pytest.approx([0.01] * 4, rel=1e-4)
+    assert told["unclipped"]["norms"][0] == pytest.approx(told["plain"]["norms"][0], rel=1e-5)
+    error = told["missing"]["error"]
+    assert (
+        f"no gradient before the optimizer step for ['{FAULTY}']" in error and "rank 0 of 2, optimizer step 1" in error
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["none", "2", "3"])
+def test_a_gradient_that_is_not_a_number_stops_the_run_with_its_name(tiny_base, tiny_data, tmp_path, zero):
+    """ZeRO skips such a step without a word, in float32 too."""
+    told = work(tiny_base, tiny_data, tmp_path, TORCHRUN, zero, "nan")["nan"]
+    assert f"['{FAULTY}']" in told["error"] and "finite" in told["error"] and told["steps"] == 0
 
 
 def test_pieces_of_two_ranks_make_up_the_tensors():

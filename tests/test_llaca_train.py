@@ -1,6 +1,8 @@
 """Whole runs on a random base: what a stage hands on, same seed same bytes, killed and started again."""
 
 import json
+import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from data.mini import build
 from eval.report import main as report
 from eval.tables import read_matrix
 from llaca.config import load_recipe
-from llaca.launch import commands
+from llaca.launch import choose_launcher, commands
 from llaca.stream import only_one
 from llaca.train import run, stage_steps
 from llava.dataset import DataError
@@ -112,6 +114,77 @@ def test_killed_and_typed_again_gives_the_same_adapters_and_matrix(arguments, tm
     answers = [sorted((f / "answers").rglob("*.jsonl")) for f in (whole, killed)]
     assert [p.read_bytes() for p in answers[0]] == [p.read_bytes() for p in answers[1]] and len(answers[0]) == 4
     assert (whole / "matrix.csv").read_bytes() == (killed / "matrix.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_inside_the_stages(arguments, tmp_path):
+    """A checkpoint after every step, so that many kills hit one being written. LLACA_KILLS sets their number."""
+    more = ["--method", "llaca", "--grouping", "false", "--epochs", "3", "--save-steps", "1"]
+    whole = run(load_recipe([*arguments[:-1], "whole", *more]))
+    line, killed = command([*arguments[:-1], "killed", *more]), tmp_path / "runs" / "killed"
+    rng, resumed = random.Random(0), 0
+    for _ in range(int(os.environ.get("LLACA_KILLS", 5))):
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, bufsize=1)
+        seen = ""
+        while "step/s" not in seen and process.poll() is None:
+            seen += process.stderr.read(1)
+        time.sleep(rng.uniform(0, 1.5))
+        process.kill()
+        process.wait()
+        resumed += bool(list(killed.glob("stages/*.partial/trainer/checkpoint-*/COMPLETE")))
+    assert resumed > 0, "no kill left a checkpoint to go on from"
+    subprocess.run(line, check=True, capture_output=True)
+    assert adapters(killed) == adapters(whole)
+    for stage in sorted(whole.glob("stages/*")):
+        other = killed / "stages" / stage.name
+        assert (stage / "codebook.json").read_bytes() == (other / "codebook.json").read_bytes()
+        assert not (other / "trainer").exists()
+        if (stage / "beta.csv").exists():
+            assert (stage / "beta.csv").read_bytes() == (other / "beta.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_the_next_start_goes_on_from_there(arguments, tmp_path):
+    line = [*arguments[:-1], "r", "--method", "llaca", "--grouping", "false", "--epochs", "40", "--tasks", "GQA"]
+    folder = tmp_path / "runs" / "r"
+    process = subprocess.Popen(command(line), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = folder / "stages" / "01-GQA.partial" / "train_log.jsonl"
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in told
+    (complete,) = folder.glob("stages/*.partial/trainer/*/COMPLETE")
+    step = json.loads(complete.read_text())["step"]
+    assert 10 <= step < 120
+    with pytest.raises(ValueError, match="written by 2 processes"):
+        complete.write_text(json.dumps({**json.loads(complete.read_text()), "processes": 2}))
+        run(load_recipe(line))
+    complete.write_text(json.dumps({"step": step, "processes": 1, "seconds": 1000.0}))
+    run(load_recipe(line))
+    story = json.loads((folder / "stages/01-GQA/stage.json").read_text())
+    assert story["seconds"] > 1000 and story["steps"] == 120
+    logged = [json.loads(row)["step"] for row in (folder / "stages/01-GQA/train_log.jsonl").read_text().splitlines()]
+    assert logged == sorted(logged) and logged[-1] == 120
+
+
+@pytest.mark.slow
+def test_two_processes_under_zero_2_killed_and_started_again(arguments, tmp_path):
+    more = ["--method", "llaca", "--grouping", "false", "--zero", "2", "--save-steps", "2", "--batch-size", "4"]
+    launch = [sys.executable, "-m", "llaca.launch", "--launcher", "torchrun", "--num-gpus", "2"]
+    for name, kills in (("whole", 0), ("killed", 2)):
+        line = [*launch, *arguments[:-1], name, *more]
+        for kill in range(kills):
+            process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            wanted = f"stages/0{1 + kill}-*.partial/trainer/checkpoint-2"
+            while not list((tmp_path / "runs" / name).glob(wanted)) and process.poll() is None:
+                time.sleep(0.01)
+            process.kill()
+            process.wait()
+        subprocess.run(line, check=True, capture_output=True)
+    assert adapters(tmp_path / "runs" / "killed") == adapters(tmp_path / "runs" / "whole")
+    story = json.loads((tmp_path / "runs/killed/stages/03-GQA/stage.json").read_text())
+    assert story["engine"] == "DeepSpeed ZeRO 2" and story["averaged"]
 
 
 def test_report_of_all_kinds_of_run(arguments, tmp_path, capsys):
@@ -232,6 +305,29 @@ def test_report_of_a_run_that_is_not_complete(arguments, tmp_path, capsys):
     assert not (folder / "metrics.json").exists(), "figures of half a stream would look like a result"
     (folder / "stages" / "01-ScienceQA" / "DONE").unlink()
     report(["--runs-dir", str(tmp_path / "runs")])
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ((None, None, None, "none"), ("python", 1)),
+        ((None, None, None, "2"), ("torchrun", 1)),
+        ((None, 4, None, "none"), ("torchrun", 4)),
+        ((None, None, "hosts", "2"), ("deepspeed", 1)),
+        (("deepspeed", 2, None, "3"), ("deepspeed", 2)),
+    ],
+)
+def test_launcher_by_default_and_by_name(how, expected):
+    chosen = choose_launcher(*how)
+    assert (chosen.name, chosen.processes) == expected
+    line = chosen.line(["--run", "r"])
+    assert line[-3:] == ["llaca.train", "--run", "r"] and line[0] == sys.executable
+
+
+def test_launchers_that_do_not_fit_are_refused():
+    for how in (("python", 2, None, "none"), ("python", None, None, "2"), ("torchrun", None, "hosts", "none")):
+        with pytest.raises(ValueError, match="--launcher"):
+            choose_launcher(*how)
 
 
 def test_launch_without_a_method_trains_lora_and_llaca():
