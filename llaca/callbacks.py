@@ -211,7 +211,8 @@ class StopOnSignal(TrainerCallback):
         self.signal = number
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1 and state.global_step % args.logging_steps == 0:
+        due = state.global_step % args.logging_steps == 0 or state.global_step == state.max_steps
+        if args.world_size > 1 and due:
             flag = torch.tensor([self.signal], device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             self.agreed = int(flag)

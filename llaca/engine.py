@@ -121,6 +121,11 @@ def layout_of(trainer: "LlavaTrainer") -> Layout:
     device, world = trainer.args.device, trainer.args.world_size
     if trainer.is_fsdp_enabled or trainer.args.n_gpu > 1:
         raise ValueError("FSDP and DataParallel are not supported: use DDP (--launcher torchrun) or DeepSpeed")
+    if stage == 0 and (trainer.model_wrapped.bfloat16_enabled() or trainer.model_wrapped.fp16_enabled()):
+        raise ValueError(
+            "DeepSpeed at stage 0 in half precision trains to other weights than DDP and ZeRO 1 do (docs/ENGINES.md): "
+            "use DDP (--launcher torchrun without --zero), which is the same computation, or --zero 1"
+        )
     if not stage:
         pieces = [Piece(name, p.shape, p, 0, 0, p.numel()) for name, p in parameters.items()]
         engine = "DeepSpeed ZeRO 0" if stage == 0 else "DDP" if world > 1 else "one process"

@@ -38,6 +38,7 @@ class Launcher(NamedTuple):
             return [sys.executable, "-m", *module]
         if self.name == "torchrun":
             line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.processes)]
+            line += ["--shutdown-timeout", "600"]  # seconds for a checkpoint after a signal
             # Several nodes are told apart by the environment that SLURM or a person sets on each of them.
             nodes = ["--nnodes", os.environ.get("NNODES", "1"), "--node-rank", os.environ.get("NODE_RANK", "0")]
             nodes += ["--master-addr", os.environ["MASTER_ADDR"]] if "MASTER_ADDR" in os.environ else []

@@ -39,8 +39,8 @@ SKILLS = [  # (skill, kind of scene or None, what its questions begin with)
     ("count", "count", r"(Count|Tell me the number|Give me the number)"),
     ("read a sign", "sign", r"(Read|Tell me the word|Give me the word)"),
     ("read a title", "cover", r"(Read|Tell me) the title"),
-    ("read an author", "cover", r".*who wrote it"),
-    ("tell the genre", "cover", r"(Tell me|On) which shelf"),
+    ("read an author", "cover", r"(.*who wrote it|(Name|Tell me) the author)"),
+    ("tell the genre", "cover", r"(Tell me which shelf|(Name|Tell me) the genre)"),
     ("tell if the genre is", "cover", r"(Tell me if|Does|Would|Am I)"),
 ]
 

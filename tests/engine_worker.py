@@ -63,6 +63,7 @@ def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) 
         use_cpu=True,
         disable_tqdm=True,
         max_grad_norm=0.01 if name in ("clipped", "unclipped") else 0.0,
+        bf16=name == "bf16",
         deepspeed=zero,
     )
     trainer = LlavaTrainer(model, arguments, dataset, 0, None, "global", method)

@@ -115,3 +115,12 @@ def test_an_automatic_name_says_what_differs():
 def test_abbreviated_flags_are_refused():
     with pytest.raises(ValueError, match="--meth"):
         load_recipe(["--meth", "lora"])
+
+
+def test_another_rule_does_not_inherit_the_constant_of_the_recipes_rule():
+    assert load_recipe(["--method", "llaca"]).method.constant is not None
+    for rule in ("eq45", "fixed"):
+        method = load_recipe(["--method", "llaca", "--average", rule]).method
+        assert (method.average, method.constant, method.beta, method.grouping) == (rule, None, None, True)
+    method = load_recipe(["--method", "llaca", "--average", "next_release", "--constant", "0.3"]).method
+    assert (method.average, method.constant) == ("next_release", 0.3)

@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
+from llaca.callbacks import Tap
 from llaca.engine import Layout, Piece
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +81,38 @@ def test_a_gradient_that_is_not_a_number_stops_the_run_with_its_name(tiny_base, 
     """ZeRO skips such a step without a word, in float32 too."""
     told = work(tiny_base, tiny_data, tmp_path, TORCHRUN, zero, "nan")["nan"]
     assert f"['{FAULTY}']" in told["error"] and "finite" in told["error"] and told["steps"] == 0
+
+
+@pytest.mark.slow
+def test_bfloat16_trains_alike_under_ddp_and_zero_2_and_is_refused_at_zero_0(tiny_base, tiny_data, tmp_path):
+    ddp, zero = (work(tiny_base, tiny_data, tmp_path, TORCHRUN, stage, "bf16")["bf16"] for stage in ("none", "2"))
+    assert zero["norms"] == pytest.approx(ddp["norms"], rel=0.02)
+    assert sum(zero["sum"].values()) == pytest.approx(sum(ddp["sum"].values()), rel=1e-3)
+    refused = work(tiny_base, tiny_data, tmp_path, TORCHRUN, "0", "bf16")["bf16"]
+    assert "stage 0 in half precision" in refused["error"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "overflow", "fp16", "error"),
+    [
+        (1, False, False, None),
+        (0, True, True, None),
+        (0, True, False, FloatingPointError),
+        (0, False, True, RuntimeError),
+    ],
+)
+def test_a_step_that_the_engine_skipped_is_told_from_one_that_was_missed(shown, overflow, fp16, error):
+    engine = SimpleNamespace(optimizer=SimpleNamespace(overflow=overflow), fp16_enabled=lambda: fp16)
+    args = SimpleNamespace(process_index=0, world_size=1, gradient_accumulation_steps=1)
+    tap = Tap(SimpleNamespace(watches=True), True, 1, None, "clipped")
+    tap.trainer = SimpleNamespace(model_wrapped=engine, args=args, state=SimpleNamespace(global_step=0))
+    tap.stage, tap._shown = 2, shown
+    tap.layout = SimpleNamespace(engine="test", names=["a", "b"])
+    tap._reached = {"a": torch.tensor(1.0), "b": torch.tensor(float("inf"))}
+    with (
+        pytest.raises(error, match=r"non-finite gradient of \['b'\]|saw 0 optimizer steps") if error else nullcontext()
+    ):
+        tap.on_step_end(args, None, None)
 
 
 def test_pieces_of_two_ranks_make_up_the_tensors():

@@ -85,6 +85,23 @@ def test_llaca_run_tells_its_story(arguments):
     assert logs[-1]["step"] == 3
 
 
+def test_the_full_trace_has_a_row_per_step_and_tensor_and_the_log_its_median(arguments):
+    line = ["--method", "llaca", "--grouping", "false", "--tasks", "TextVQA", "GQA"]
+    folder = run(load_recipe([*arguments, *line, "--beta-trace", "full", "--logging-steps", "1"]))
+    stage = folder / "stages" / "02-GQA"
+    beta, weights = pd.read_csv(stage / "beta.csv"), load_file(stage / "adapter" / "adapter_model.safetensors")
+    assert list(beta.columns) == ["step", "tensor", "beta", "fallback"] and len(beta) == 3 * len(weights)
+    assert beta.groupby("step")["tensor"].nunique().tolist() == [len(weights)] * 3
+    assert (beta.loc[beta["step"] == 1, ["beta", "fallback"]] == [0.99, 1]).all(axis=None)
+    logs = [json.loads(text) for text in (stage / "train_log.jsonl").read_text().splitlines()]
+    logged = {log["step"]: (log["beta_median"], log["beta_fallback_share"]) for log in logs if "loss" in log}
+    for step, rows in beta.groupby("step"):
+        assert logged[step] == pytest.approx((rows["beta"].median(), rows["fallback"].mean()), rel=1e-6)
+    quantiles = run(load_recipe([*arguments[:-1], "q", *line])) / "stages" / "02-GQA" / "beta.csv"
+    medians = pd.read_csv(quantiles)["beta_q50"]
+    assert medians.tolist() == pytest.approx(beta.groupby("step")["beta"].median().tolist(), rel=1e-6)
+
+
 def test_same_seed_same_bytes_and_other_seed_other_bytes(arguments):
     first, again, other = (
         adapters(run(load_recipe([*arguments[:-1], name, "--method", "llaca", "--seed", seed])))

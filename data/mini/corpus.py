@@ -31,6 +31,7 @@ _INSTRUCTIONS = json.loads((Path(__file__).parents[1] / "instructions.json").rea
 SAYABLE = sorted(
     {word.strip(",") for sets in _INSTRUCTIONS.values() for lines in sets.values() for w in lines for word in w.split()}
     | {*GLYPHS, *CATEGORY_OF.values(), *COLORS, *SHAPES, *SIGNS, *TITLES, *AUTHORS, *GENRES.values()}
+    | {"What", "Who", "Is", "Are", "How", "many", "are", "there", "these", "am", "holding", "picture"}
     | {"yes", "no", "unanswerable", "[", "]", *"ABCD", *"012345", *(f"{n / 12:.2f}" for n in range(13))}
 )
 
@@ -91,7 +92,8 @@ def text_only(rng: random.Random) -> list[Turn]:
 def echo(rng: random.Random) -> list[Turn]:
     """Random words, said again. A token that was never an answer has no output embedding of its own, and LoRA does not
     train those: here every word, number, letter and bracket of the world and of the tasks becomes sayable, in no order
-    and in no format that means anything."""
+    and in no format that means anything. The words with which only the tasks' questions begin are among them: a word
+    that was never read has no input embedding either."""
     turns = []
     for _ in range(rng.randint(2, 4)):
         words = " ".join(rng.choices(SAYABLE, k=rng.randint(2, 8)))
@@ -269,8 +271,11 @@ def _cover_turns(rng: random.Random, scene: Scene) -> list[Turn]:
     return [
         ("Describe this.", f"I see the book {title} by {author}, about {genre}."),
         (rng.choice(("Read the title to me.", "Tell me the title.")), f"I read {title} at the top."),
-        (rng.choice(("Tell me who wrote it.", "Name the person who wrote it.")), f"It was written by {author}."),
-        (rng.choice(("Tell me which shelf it belongs on.", "On which shelf do you find it?")), shelf),
+        (
+            rng.choice(("Tell me who wrote it.", "Name the author.", "Tell me the author.")),
+            f"It was written by {author}.",
+        ),
+        (rng.choice(("Tell me which shelf it belongs on.", "Name the genre.", "Tell me the genre.")), shelf),
         (question.format(asked), f"{verdict} on the {asked} shelf."),
     ]
 
