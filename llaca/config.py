@@ -109,7 +109,7 @@ class MethodConfig:
         default="latest",
         metadata={"help": "start of a new group: latest parameters (Algorithm 1) or fresh ones (the paper's text)"},
     )
-    average: str | None = field(default=None, metadata={"help": "rule of the balance weight beta, see llaca/ema.py"})
+    average: str | None = field(default=None, metadata={"help": "rule of the balance weight beta, see llaca/beta.py"})
     average_start: str | None = field(
         default=None,
         metadata={"help": "stage_start (the paper) or after_first_step (the release); unset: the rule's own"},

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llaca.ema import ALIASES, VARIANTS, DynamicAverage
+from llaca.beta import ALIASES, VARIANTS
+from llaca.ema import DynamicAverage
 
 GOLDEN = Path(__file__).parent / "golden" / "ema_release"
 NAMES = ["layers.0.lora_A", "layers.0.lora_B", "projector.bias", "scale"]

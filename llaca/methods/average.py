@@ -1,6 +1,6 @@
 """A moving average of the trained weights takes their place at the end of a stage: LLaCA, and the fixed EMA.
 
-    theta*_t = beta_t theta*_{t-1} + (1 - beta_t) theta_t        (Eq. 1), beta by the recipe's rule (llaca/ema.py)
+    theta*_t = beta_t theta*_{t-1} + (1 - beta_t) theta_t        (Eq. 1), beta by the recipe's rule (llaca/beta.py)
 
 As in the paper's Algorithm 1 the average runs only in stages that continue an existing parameter set; a new group
 trains as plain LoRA. Without grouping every stage but the first continues the same set.
