@@ -49,11 +49,12 @@ def naive_step(star: list, theta: list, g: list, past: dict) -> None:
         past[i] = slope
 
 
-def seconds(step: Callable[[], None], repeats: int) -> float:
-    """The fastest of `repeats` calls, after one that warms up."""
+def seconds(step: Callable[[], None], between: Callable[[], None], repeats: int) -> float:
+    """The fastest of `repeats` calls, after one that warms up; `between` them is not timed."""
     step()
     found = []
     for _ in range(repeats):
+        between()
         start = time.perf_counter()
         step()
         found.append(time.perf_counter() - start)
@@ -68,19 +69,24 @@ def compare(average: str, layers: int, repeats: int) -> dict[str, float]:
     total = sum(t.numel() for t in theta)
     print(f"{len(sizes)} tensors, {total / 1e6:.1f} million values, {torch.get_num_threads()} threads")
     ours = DynamicAverage([str(i) for i in range(len(sizes))], theta, average)
-    torch._foreach_add_(theta, 0.01)
-    found = {"ours": seconds(lambda: ours.step(theta, g), repeats)}
+
+    def train():
+        torch._foreach_add_(theta, 0.01)
+        torch._foreach_mul_(g, 0.9)
+
+    train()
+    found = {"ours": seconds(lambda: ours.step(theta, g), train, repeats)}
     star = list(ours.averages().values())
     ours = None  # frees its memory of the past
     past: dict[int, torch.Tensor] = {}
-    found["naive"] = seconds(lambda: naive_step(star, theta, g, past), repeats)
+    found["naive"] = seconds(lambda: naive_step(star, theta, g, past), train, repeats)
     past.clear()
 
     def floor():
         torch._foreach_addcmul_(star, theta, g, value=1e-9)  # reads three, writes one
         torch._foreach_addcmul_(star, theta, g, value=1e-9)
 
-    found["floor"] = seconds(floor, repeats)
+    found["floor"] = seconds(floor, train, repeats)
     moved = 8 * 4 * total
     for name, value in found.items():
         print(f"{name:6s}{value:8.3f} s a step   {value / found['ours']:6.2f} x ours   {moved / value / 1e9:6.1f} GB/s")
