@@ -14,7 +14,6 @@ The rules and the notation of the statistics are in llaca/beta.py.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -23,64 +22,115 @@ from torch import Tensor
 
 from llaca.beta import VARIANTS, Statistics, settings_of
 
-
-def _sums(tensors: Sequence[Tensor]) -> Tensor:
-    # Not torch._foreach_norm: on CPU it adds into one float32, 6e-4 off at 16M elements and stuck at 2^24.
-    return torch.stack([t.sum() for t in tensors]).double()
+# Elements that are worked on at once: on a CPU what stays in its cache, elsewhere enough for a fused launch.
+BLOCK = {"cpu": 1 << 18, "other": 1 << 24}
 
 
-def _l1(tensors: Sequence[Tensor]) -> Tensor:
-    return _sums(torch._foreach_abs(tensors))
+class _Block:
+    """Parts of some tensors, flat and float32, with room for intermediate results.
+
+    Large temporaries cost more than the arithmetic on a CPU (each is fresh memory from the system), so nothing here
+    allocates more than a number a tensor.
+    """
+
+    def __init__(self, scratch: list[Tensor], **tensors: list[Tensor]):
+        self.theta, self.star, self.g = tensors["theta"], tensors["star"], tensors["g"]
+        self.old_theta, self.old_g, self.gbar = (tensors.get(key) for key in ("old_theta", "old_g", "gbar"))
+        sizes = [t.numel() for t in self.theta]
+        self._room = [list(buffer[: sum(sizes)].split(sizes)) for buffer in scratch]
+
+    def difference(self, a: list[Tensor], b: list[Tensor], room: int = 0) -> list[Tensor]:
+        """a - b, in one of the three rooms."""
+        out = self._room[room]
+        if out[0].device.type == "cpu":
+            for x, y, z in zip(a, b, out, strict=True):
+                torch.sub(x, y, out=z)
+        else:
+            torch._foreach_copy_(out, a)
+            torch._foreach_sub_(out, b)
+        return out
+
+    def g_ones(self, room: int = 0) -> list[Tensor]:
+        """g + 1."""
+        out = self._room[room]
+        torch._foreach_copy_(out, self.g)
+        torch._foreach_add_(out, 1.0)
+        return out
+
+    def l1(self, tensors: list[Tensor]) -> Tensor:
+        """[tensors]: the L1 norm of each; overwrites them."""
+        # Not torch._foreach_norm: on CPU it adds into one float32, 6e-4 off at 16M elements and stuck at 2^24.
+        torch._foreach_abs_(tensors)
+        return self.sums(tensors)
+
+    def g_l1(self) -> Tensor:
+        """[tensors]: the L1 norm of each gradient."""
+        out = self._room[0]
+        if out[0].device.type == "cpu":
+            for x, y in zip(self.g, out, strict=True):
+                torch.abs(x, out=y)
+            return self.sums(out)
+        torch._foreach_copy_(out, self.g)
+        return self.l1(out)
+
+    def sums(self, tensors: list[Tensor]) -> Tensor:
+        """[tensors]: the sum of each."""
+        return torch.stack([t.sum() for t in tensors])
+
+    def dots(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """[tensors]: the dot product of each pair; overwrites `a`."""
+        torch._foreach_mul_(a, b)
+        return self.sums(a)
+
+    def quotient(self, factor: list[Tensor]) -> Tensor:
+        """[tensors]: |factor (g + 1) / (gap change)|; `factor` is in room 0."""
+        torch._foreach_div_(factor, self.difference(self.theta, self.star, 1))
+        ratio = self.g_ones(1)
+        torch._foreach_div_(ratio, self.difference(self.g, self.old_g, 2))
+        torch._foreach_mul_(factor, ratio)
+        return self.l1(factor)
 
 
-def _float32(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t.detach().float() for t in tensors]
-
-
-class _Chunk:
-    """Some of the tensors in float32, and the differences the statistics share; `lag_norm` [tensors]."""
-
-    def __init__(self, theta, star, g, lag_norm, old_theta=(), old_g=(), gbar=()):
-        self.theta, self.star, self.g, self.lag_norm = theta, star, g, lag_norm
-        self.old_theta, self.old_g, self.gbar = old_theta, old_g, gbar
-
-    gap = cached_property(lambda c: torch._foreach_sub(c.theta, c.star))
-    lag = cached_property(lambda c: torch._foreach_sub(c.old_theta, c.star))
-    move = cached_property(lambda c: torch._foreach_sub(c.theta, c.old_theta))
-    change = cached_property(lambda c: torch._foreach_sub(c.g, c.old_g))
-    g_ones = cached_property(lambda c: torch._foreach_add(c.g, 1.0))
-
-
-def _quotient(chunk: _Chunk, factor: Sequence[Tensor]) -> Tensor:
-    left, right = torch._foreach_div(factor, chunk.gap), torch._foreach_div(chunk.g_ones, chunk.change)
-    return _l1(torch._foreach_mul(left, right))
-
-
-# Name -> what it keeps of the past (each as large as the parameters) and its sums over a chunk's tensors.
-STATISTICS: dict[str, tuple[set[str], Callable[[_Chunk], Tensor]]] = {
-    "gradient": (set(), lambda c: _l1(c.g)),
-    "gradient_ones": (set(), lambda c: _l1(c.g_ones)),
-    "gap": (set(), lambda c: _l1(c.gap)),
-    "lag": (set(), lambda c: c.lag_norm),
-    "move": ({"old_theta"}, lambda c: _l1(c.move)),
-    "change": ({"old_g"}, lambda c: _l1(c.change)),
-    "quotient14": ({"old_theta", "old_g"}, lambda c: _quotient(c, c.move)),
-    "quotient45": ({"old_theta", "old_g"}, lambda c: _quotient(c, c.lag)),
-    "slope": ({"old_theta"}, lambda c: _sums(torch._foreach_mul(c.g, c.lag))),
-    "mean_slope": ({"old_theta", "gbar"}, lambda c: _sums(torch._foreach_mul(c.gbar, c.lag))),
+# Name -> what it keeps of the past (each as large as the parameters) and its sums over a block's tensors. The step
+# before knows "lag".
+STATISTICS: dict[str, tuple[set[str], Callable[[_Block], Tensor]]] = {
+    "gradient": (set(), lambda b: b.g_l1()),
+    "gradient_ones": (set(), lambda b: b.l1(b.g_ones())),
+    "gap": (set(), lambda b: b.l1(b.difference(b.theta, b.star))),
+    "move": ({"old_theta"}, lambda b: b.l1(b.difference(b.theta, b.old_theta))),
+    "change": ({"old_g"}, lambda b: b.l1(b.difference(b.g, b.old_g))),
+    "quotient14": ({"old_theta", "old_g"}, lambda b: b.quotient(b.difference(b.theta, b.old_theta))),
+    "quotient45": ({"old_theta", "old_g"}, lambda b: b.quotient(b.difference(b.old_theta, b.star))),
+    "slope": ({"old_theta"}, lambda b: b.dots(b.difference(b.old_theta, b.star), b.g)),
+    "mean_slope": ({"old_theta", "gbar"}, lambda b: b.dots(b.difference(b.old_theta, b.star), b.gbar)),
 }
 
 
-def _chunks(tensors: Sequence[Tensor]) -> list[slice]:
-    # Temporaries are bounded by a chunk: about a cache on a CPU, enough work for a fused launch on a GPU.
-    limit = 1 << 20 if tensors[0].device.type == "cpu" else 1 << 26
-    bounds, size = [0], 0
-    for i, t in enumerate(tensors):
-        if i > bounds[-1] and size + t.numel() > limit:
-            bounds.append(i)
-            size = 0
-        size += t.numel()
-    return [slice(a, b) for a, b in zip(bounds, [*bounds[1:], len(tensors)], strict=True)]
+def blocks(sizes: Sequence[int], limit: int) -> list[list[tuple[int, int, int]]]:
+    """Tensors of these sizes cut into blocks of at most `limit` elements: (tensor, start, end) of every part."""
+    found, room = [[]], limit
+    for i, size in enumerate(sizes):
+        start = 0
+        while start < size or size == 0:
+            if not room:
+                found.append([])
+                room = limit
+            end = min(size, start + room)
+            found[-1].append((i, start, end))
+            room -= end - start
+            start = end
+            if size == 0:
+                break
+    return found
+
+
+def _lerp(tensors: list[Tensor], ends: list[Tensor], weights: list[Tensor] | list[float]) -> None:
+    # in place; numbers are three times as fast as tensors of one element on a CPU
+    if isinstance(weights[0], float):
+        for tensor, end, weight in zip(tensors, ends, weights, strict=True):
+            tensor.lerp_(end, weight)
+    else:
+        torch._foreach_lerp_(tensors, ends, weights)
 
 
 class Trace(NamedTuple):
@@ -128,13 +178,17 @@ class DynamicAverage:
 
         self._star = [p.detach().to(torch.float32, copy=True) for p in parameters]
         self._columns = ("gradient", "gap", *self._variant.statistics)
-        keeps = sorted(set().union(*(STATISTICS[c][0] for c in self._columns)))
+        keeps = sorted(set().union(*(STATISTICS[c][0] for c in self._columns if c != "lag")))
         self._past: dict[str, list[Tensor]] = {key: [] for key in keeps}
         if "old_theta" in keeps:
             self._past["old_theta"] = [p.detach().clone() for p in parameters]
         zeros = torch.zeros(len(names), dtype=torch.float64, device=parameters[0].device)
         self._lag, self._beta, self._fallbacks = zeros.clone(), zeros.clone(), zeros.clone()
         self._memory = zeros[:, None].repeat(1, self._variant.memory)
+        limit = BLOCK.get(self._star[0].device.type, BLOCK["other"])
+        self._blocks = blocks([t.numel() for t in self._star], limit)
+        largest = max(sum(end - start for _, start, end in block) for block in self._blocks)
+        self._scratch = [self._star[0].new_empty(largest) for _ in range(3)]
         self._trace: list[Tensor] = []
 
     def step(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -156,19 +210,26 @@ class DynamicAverage:
         for key, copy in (("old_g", torch.clone), ("gbar", lambda g: g.to(torch.float32, copy=True))):
             if self._past.get(key) == []:  # first step: no change of g yet, no curvature, so the range rule
                 self._past[key] = [copy(g.detach()) for g in gradients]
-        rows, alphas = [], self._alphas()
-        for chunk in _chunks(self._star):
-            past = {key: tensors[chunk] for key, tensors in self._past.items()}
-            theta, g = _float32(parameters[chunk]), _float32(gradients[chunk])
-            if "gbar" in past:  # theta*_{t-1} has just taken in theta_{t-1}, which is where g_t was taken
-                torch._foreach_lerp_(past["gbar"], g, alphas[chunk])
-            floats = {key: _float32(tensors) for key, tensors in past.items()}
-            view = _Chunk(theta, self._star[chunk], g, self._lag[chunk], **floats)
-            rows.append(torch.stack([STATISTICS[c][1](view) for c in self._columns], dim=1))
-            for key, now in (("old_theta", parameters), ("old_g", gradients)):
-                if key in past:
-                    torch._foreach_copy_(past[key], [t.detach() for t in now[chunk]])
-        return torch.cat(rows)
+        measured = [c for c in self._columns if c != "lag"]
+        table, alphas = self._lag.new_zeros(len(self.names), len(measured)), self._alphas()
+        everything = {"theta": parameters, "g": gradients, "star": self._star, **self._past}
+        flat = {key: [t.detach().reshape(-1) for t in tensors] for key, tensors in everything.items()}
+        for block in self._blocks:
+            parts = {key: [tensors[i][a:b] for i, a, b in block] for key, tensors in flat.items()}
+            index = [i for i, *_ in block]
+            g = [t.float() for t in parts["g"]]
+            if "gbar" in parts:  # theta*_{t-1} has just taken in theta_{t-1}, which is where g_t was taken
+                _lerp(parts["gbar"], g, [alphas[i] for i in index])
+            floats = {key: [t.float() for t in tensors] for key, tensors in parts.items() if key != "g"}
+            view = _Block(self._scratch, g=g, **floats)
+            rows = torch.stack([STATISTICS[c][1](view).double() for c in measured], dim=1)
+            table.index_add_(0, torch.tensor(index, device=table.device), rows)
+            for key, now in (("old_theta", "theta"), ("old_g", "g")):
+                if key in parts:
+                    torch._foreach_copy_(parts[key], parts[now])
+        columns = dict(zip(measured, table.unbind(dim=1), strict=True)) | {"lag": self._lag}
+        self._gap = columns["gap"]
+        return torch.stack([columns[c] for c in self._columns], dim=1)
 
     @torch.no_grad()
     def update(self, table: Tensor, parameters: Sequence[Tensor]) -> None:
@@ -191,13 +252,9 @@ class DynamicAverage:
         self._trace.append(torch.stack([raw, self._beta, (~inside).double()]))
         self.steps += 1
 
-        lags, alphas = [], self._alphas()
-        for chunk in _chunks(self._star):
-            theta = _float32(parameters[chunk])
-            torch._foreach_lerp_(self._star[chunk], theta, alphas[chunk])
-            if "lag" in self._columns:  # |lag| of the next step, taken now, spares a copy of theta_{t-1}
-                lags.append(_l1(torch._foreach_sub(theta, self._star[chunk])))
-        self._lag = torch.cat(lags) if lags else self._lag
+        # |theta_t - theta*_t| = beta_t |theta_t - theta*_{t-1}|: no pass over the elements for the next step's lag
+        self._lag = self._beta * self._gap
+        _lerp(self._star, [p.detach().float() for p in parameters], self._alphas())
 
     def averages(self) -> dict[str, Tensor]:
         """name -> theta*, float32, in the order of construction: the live tensors, not copies."""
@@ -246,9 +303,10 @@ class DynamicAverage:
         self._lag, self._beta, self._fallbacks, self._memory = copies(state["small"])
         self._trace, self.steps = copies(state["trace"]), state["steps"]
 
-    def _alphas(self) -> list[Tensor]:
-        # 1 - beta of the last step, one float32 number a tensor, left on the device
-        return list((1 - self._beta).float().unbind())
+    def _alphas(self) -> list[Tensor] | list[float]:
+        # 1 - beta of the last step, a float32 number a tensor, left where the tensors are
+        alphas = (1 - self._beta).float()
+        return alphas.tolist() if alphas.device.type == "cpu" else list(alphas.unbind())
 
     def _check(self, what: str, tensors: Sequence[Tensor | None]) -> None:
         if len(tensors) != len(self.names):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llaca import ema
 from llaca.beta import ALIASES, VARIANTS
 from llaca.ema import DynamicAverage
 
@@ -161,20 +162,22 @@ def test_statistics_add_up_over_shards(variant):
         torch.testing.assert_close(both, one.flatten(), rtol=0, atol=1e-5)
 
 
-def test_many_tensors_are_measured_as_each_alone(monkeypatch):
-    """Temporaries are bounded by chunks of tensors: where they are cut must not matter."""
-    from llaca import ema
-
+def test_where_the_tensors_are_cut_does_not_matter(monkeypatch):
     thetas, gradients = walk()
     together = run(thetas, gradients, "eq45")
-    monkeypatch.setattr(ema, "_chunks", lambda tensors: [slice(i, i + 1) for i in range(len(tensors))])
-    alone = run(thetas, gradients, "eq45")
-    for a, b in zip(together.averages().values(), alone.averages().values(), strict=True):
-        assert torch.equal(a, b)
-    monkeypatch.undo()
-    sizes = [1 << 19, 1 << 19, 1, 1 << 21, 5]
-    cut = ema._chunks([torch.empty(n, device="cpu") for n in sizes])
-    assert [list(range(len(sizes)))[c] for c in cut] == [[0, 1], [2], [3], [4]]
+    monkeypatch.setitem(ema.BLOCK, "cpu", 7)
+    cut = run(thetas, gradients, "eq45")
+    for a, b in zip(together.averages().values(), cut.averages().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_blocks_cover_every_element_once_and_are_full():
+    sizes = [5, 0, 12, 1, 3]
+    found = ema.blocks(sizes, 7)
+    assert [sum(end - start for _, start, end in block) for block in found] == [7, 7, 7]
+    parts = [(i, place) for block in found for i, start, end in block for place in range(start, end)]
+    assert parts == [(i, place) for i, size in enumerate(sizes) for place in range(size)]
+    assert ema.blocks([0, 0], 7) == [[(0, 0, 0), (1, 0, 0)]]
 
 
 def test_large_sums_are_accurate():
