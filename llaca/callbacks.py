@@ -64,11 +64,12 @@ class Tap(TrainerCallback):
             self._handles.append(parameter.register_post_accumulate_grad_hook(reached))
 
     def on_step_end(self, args, state, control, **kwargs):
+        now = state.global_step
         if self.method.watches and self._shown != 1:
             if not (self.stage and self.trainer.model_wrapped.optimizer.overflow):
-                raise RuntimeError(f"the method saw {self._shown} optimizer steps instead of one: {self._state()}")
+                raise RuntimeError(f"the method saw {self._shown} optimizer steps instead of one: {self._state(now)}")
             if not self.trainer.model_wrapped.fp16_enabled():
-                raise FloatingPointError(f"non-finite gradient of {self._not_finite()}: {self._state()}")
+                raise FloatingPointError(f"non-finite gradient of {self._not_finite()}: {self._state(now)}")
         self._shown = 0
         self._reached.clear()
 
@@ -101,7 +102,8 @@ class Tap(TrainerCallback):
             if piece.name not in self._reached or (id(piece.flat) in about and piece.flat.grad is None)
         ]
         if missing:
-            raise RuntimeError(f"no gradient before the optimizer step for {missing}: {self._state()}")
+            now = self.trainer.state.global_step + 1
+            raise RuntimeError(f"no gradient before the optimizer step for {missing}: {self._state(now)}")
 
     def _after(self, optimizer, args, kwargs) -> None:
         self._stepped |= {id(tensor): tensor.grad for group in optimizer.param_groups for tensor in group["params"]}
@@ -119,11 +121,11 @@ class Tap(TrainerCallback):
         norm = trainer.grad_norm if self.stage is None else trainer.model_wrapped.optimizer._global_grad_norm
         return ((torch.as_tensor(norm) + 1e-6) / trainer.args.max_grad_norm).clamp(min=1.0)
 
-    def _state(self) -> str:
+    def _state(self, step: int) -> str:
         args = self.trainer.args
         return (
-            f"{self.layout.engine}, rank {args.process_index} of {args.world_size}, optimizer step "
-            f"{self.trainer.state.global_step + 1}, {args.gradient_accumulation_steps} micro-batches a step"
+            f"{self.layout.engine}, rank {args.process_index} of {args.world_size}, optimizer step {step}, "
+            f"{args.gradient_accumulation_steps} micro-batches a step"
         )
 
 

@@ -26,14 +26,8 @@ class Recorder(Method):
 
     watches = True
 
-    def __init__(self, poison: str | None = None):
-        self.poison, self.norms = poison, []
-
-    def loss(self, model, inputs, outputs):
-        if self.poison:
-            named = {name: p for name, p in model.named_parameters() if name.endswith(self.poison)}
-            return next(iter(named.values())).sum() * float("nan")
-        return None
+    def __init__(self):
+        self.norms = []
 
     def after_step(self, shards):
         table = torch.stack([g.double().square().sum() for g in shards.gradients])
@@ -49,7 +43,10 @@ def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) 
     model, processor = load_base(base)
     model = attach_lora(model, 4, 8, 0.0)
     dataset = InstructionDataset(load_samples(data / "train.json", data), processor, 36, 512)
-    method = Recorder(FAULTY if name == "nan" else None)
+    method = Recorder()
+    if name == "nan":
+        poisoned = next(p for path, p in model.named_parameters() if path.endswith(FAULTY))
+        poisoned.register_hook(lambda gradient: gradient * float("nan"))
     if name == "missing":
         lost = next(module for path, module in model.named_modules() if f"{path}.weight".endswith(FAULTY))
         lost.forward = lambda x: functional.linear(x, lost.weight.detach())

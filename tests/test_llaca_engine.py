@@ -105,14 +105,14 @@ def test_a_step_that_the_engine_skipped_is_told_from_one_that_was_missed(shown, 
     engine = SimpleNamespace(optimizer=SimpleNamespace(overflow=overflow), fp16_enabled=lambda: fp16)
     args = SimpleNamespace(process_index=0, world_size=1, gradient_accumulation_steps=1)
     tap = Tap(SimpleNamespace(watches=True), True, 1, None, "clipped")
-    tap.trainer = SimpleNamespace(model_wrapped=engine, args=args, state=SimpleNamespace(global_step=0))
+    tap.trainer = SimpleNamespace(model_wrapped=engine, args=args)
     tap.stage, tap._shown = 2, shown
     tap.layout = SimpleNamespace(engine="test", names=["a", "b"])
     tap._reached = {"a": torch.tensor(1.0), "b": torch.tensor(float("inf"))}
     with (
         pytest.raises(error, match=r"non-finite gradient of \['b'\]|saw 0 optimizer steps") if error else nullcontext()
     ):
-        tap.on_step_end(args, None, None)
+        tap.on_step_end(args, SimpleNamespace(global_step=1), None)
 
 
 def test_pieces_of_two_ranks_make_up_the_tensors():
