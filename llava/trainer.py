@@ -192,6 +192,9 @@ class StepLog(TrainerCallback):
     def __init__(self, bar: tqdm, name: str, path: Path):
         self.bar, self.name, self.path = bar, name, path
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step)  # those of a checkpoint
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from llaca import ranks
 from llaca.config import MethodConfig
 from llaca.ema import DynamicAverage, Trace
 from llaca.engine import Shards
@@ -66,8 +67,9 @@ class MovingAverage(Method):
         if self.average is None:
             return None, {}
         trace = self._trace()
-        table = full_table(trace, shards.names) if self.config.beta_trace == "full" else quantile_table(trace)
-        table.to_csv(folder / "beta.csv", index=False, float_format="%.9g")
+        if ranks.first():
+            table = full_table(trace, shards.names) if self.config.beta_trace == "full" else quantile_table(trace)
+            table.to_csv(folder / "beta.csv", index=False, float_format="%.9g")
         return list(self.average.averages().values()), {
             "average": self.average.settings,
             "average_bytes": self.average.bytes(),

@@ -39,8 +39,8 @@ class Method(TrainHooks):
         """The parameters have just moved by these gradients."""
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[list[Tensor] | None, dict]:
-        """The shards to hand on (None: as trained) and what stage.json tells. Every rank calls it; only `folder` of
-        the first is kept."""
+        """The shards to hand on (None: as trained) and what stage.json tells. Every rank calls it; the first one alone
+        writes into `folder`."""
         return None, {}
 
     def state_dict(self) -> dict:
