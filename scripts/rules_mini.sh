@@ -2,7 +2,7 @@
 # What each rule of the balance weight does at CoIN-mini's size, measured on the development split: the mini recipe's
 # default is chosen here.
 #
-#   bash scripts/rules_mini.sh [OUT] [SEEDS]      default: docs/results/rules "0"
+#   bash scripts/rules_mini.sh [OUT] [SEEDS] [RULES]      default: docs/results/rules "0", all rules below
 #
 # All runs use grouping. The first three stages found groups, so no average runs in them: they are trained once a seed.
 # eq45_norm_ones, eq45_elem and eq14_elem leave (0, 1) at every step at this size: they are fixed-0.99.
@@ -24,6 +24,8 @@ fixed-0.99          --average fixed --beta 0.99
 fixed-0.995         --average fixed --beta 0.995
 "
 python -m data.mini.build
+only=${3:-$(sed '/^$/d' <<<"$rules" | awk '{print $1}')}
+rules=$(awk -v only=" $(tr '\n' ' ' <<<"$only") " 'NF && index(only, " " $1 " ")' <<<"$rules")
 lines=$(for seed in $seeds; do
     sed '/^$/d' <<<"$rules" | while read -r name flags; do echo "$flags --seed $seed --run rule-$name-seed$seed"; done
 done)
