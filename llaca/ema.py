@@ -23,7 +23,14 @@ from torch import Tensor
 from llaca.beta import VARIANTS, Statistics, settings_of
 
 # Elements that are worked on at once: on a CPU what stays in its cache, elsewhere enough for a fused launch.
-BLOCK = {"cpu": 1 << 18, "other": 1 << 24}
+BLOCK = {"cpu": 1 << 19, "other": 1 << 24}
+
+
+def _distance(x: Tensor, y: Tensor, row: int = 16) -> Tensor:
+    # |x - y| in one pass over both; subtracting, abs and sum make three
+    even = x.numel() // row * row
+    found = torch.cdist(x[:even].view(-1, 1, row), y[:even].view(-1, 1, row), p=1).sum()
+    return found if even == x.numel() else found + (x[even:] - y[even:]).abs().sum()
 
 
 class _Block:
@@ -49,6 +56,12 @@ class _Block:
             torch._foreach_copy_(out, a)
             torch._foreach_sub_(out, b)
         return out
+
+    def distance(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """[tensors]: the L1 norm of a - b."""
+        if a[0].device.type != "cpu":
+            return self.l1(self.difference(a, b))
+        return torch.stack([_distance(x, y) for x, y in zip(a, b, strict=True)])
 
     def g_ones(self, room: int = 0) -> list[Tensor]:
         """g + 1."""
@@ -96,9 +109,9 @@ class _Block:
 STATISTICS: dict[str, tuple[set[str], Callable[[_Block], Tensor]]] = {
     "gradient": (set(), lambda b: b.g_l1()),
     "gradient_ones": (set(), lambda b: b.l1(b.g_ones())),
-    "gap": (set(), lambda b: b.l1(b.difference(b.theta, b.star))),
-    "move": ({"old_theta"}, lambda b: b.l1(b.difference(b.theta, b.old_theta))),
-    "change": ({"old_g"}, lambda b: b.l1(b.difference(b.g, b.old_g))),
+    "gap": (set(), lambda b: b.distance(b.theta, b.star)),
+    "move": ({"old_theta"}, lambda b: b.distance(b.theta, b.old_theta)),
+    "change": ({"old_g"}, lambda b: b.distance(b.g, b.old_g)),
     "quotient14": ({"old_theta", "old_g"}, lambda b: b.quotient(b.difference(b.theta, b.old_theta))),
     "quotient45": ({"old_theta", "old_g"}, lambda b: b.quotient(b.difference(b.old_theta, b.star))),
     "slope": ({"old_theta"}, lambda b: b.dots(b.difference(b.old_theta, b.star), b.g)),
@@ -187,6 +200,7 @@ class DynamicAverage:
         self._memory = zeros[:, None].repeat(1, self._variant.memory)
         limit = BLOCK.get(self._star[0].device.type, BLOCK["other"])
         self._blocks = blocks([t.numel() for t in self._star], limit)
+        self._parts = torch.tensor([i for block in self._blocks for i, *_ in block], device=zeros.device).bincount()
         largest = max(sum(end - start for _, start, end in block) for block in self._blocks)
         self._scratch = [self._star[0].new_empty(largest) for _ in range(3)]
         self._trace: list[Tensor] = []
@@ -211,7 +225,7 @@ class DynamicAverage:
             if self._past.get(key) == []:  # first step: no change of g yet, no curvature, so the range rule
                 self._past[key] = [copy(g.detach()) for g in gradients]
         measured = [c for c in self._columns if c != "lag"]
-        table, alphas = self._lag.new_zeros(len(self.names), len(measured)), self._alphas()
+        rows, alphas = [], self._alphas()
         everything = {"theta": parameters, "g": gradients, "star": self._star, **self._past}
         flat = {key: [t.detach().reshape(-1) for t in tensors] for key, tensors in everything.items()}
         for block in self._blocks:
@@ -222,12 +236,13 @@ class DynamicAverage:
                 _lerp(parts["gbar"], g, [alphas[i] for i in index])
             floats = {key: [t.float() for t in tensors] for key, tensors in parts.items() if key != "g"}
             view = _Block(self._scratch, g=g, **floats)
-            rows = torch.stack([STATISTICS[c][1](view).double() for c in measured], dim=1)
-            table.index_add_(0, torch.tensor(index, device=table.device), rows)
+            rows.append([STATISTICS[c][1](view) for c in measured])
             for key, now in (("old_theta", "theta"), ("old_g", "g")):
                 if key in parts:
                     torch._foreach_copy_(parts[key], parts[now])
-        columns = dict(zip(measured, table.unbind(dim=1), strict=True)) | {"lag": self._lag}
+        parts = [torch.cat(column).double() for column in zip(*rows, strict=True)]
+        sums = [torch.segment_reduce(column, "sum", lengths=self._parts) for column in parts]
+        columns = dict(zip(measured, sums, strict=True)) | {"lag": self._lag}
         self._gap = columns["gap"]
         return torch.stack([columns[c] for c in self._columns], dim=1)
 
