@@ -109,8 +109,8 @@ def predict(run: Run, batch_size: int = 64) -> list[tuple[str, dict[str, str]]]:
         return rows
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model_config = run.recipe.model
-    base, processor = load_base(model_config.base, getattr(torch, model_config.dtype), model_config.attention)
-    base.to(device)
+    dtype = getattr(torch, model_config.dtype)
+    base, processor = load_base(model_config.base, dtype, model_config.attention, model_config.quantization, device)
     features = None
     if model_config.reuse_vision_features:
         paths = [q.image for asked in questions.values() for q in asked if q.image]  # all: the same batches every time
@@ -141,11 +141,11 @@ def answer_file(run: Run, holder: str, task: str) -> Path:
 
 
 def merged(base: torch.nn.Module, run: Run, holder: str) -> torch.nn.Module:
-    """A copy of the base with a stage's LoRA merged into it and its projector in place."""
+    """A copy of the base with a stage's LoRA merged into it, unless it is quantized, and its projector in place."""
     config = run.recipe.model
     model = attach_lora(copy.deepcopy(base), config.lora_rank, config.lora_alpha, 0.0)
     load_adapter(model, run.folder / "stages" / holder / "adapter")
-    return model.merge_and_unload()
+    return model.merge_and_unload() if config.quantization == "none" else model
 
 
 def save_answers(path: Path, questions: list[Question], texts: list[str]) -> None:

@@ -31,11 +31,18 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="bfloat16", metadata={"help": "of the frozen base; what is trained is float32"}
     )
+    quantization: Literal["none", "8bit", "nf4", "nf4-double"] = field(
+        default="none", metadata={"help": "of the frozen language model's blocks (QLoRA, by bitsandbytes)"}
+    )
     reuse_vision_features: bool = field(
         default=False,
         metadata={"help": "compute the frozen vision tower's features once per picture and keep them in memory"},
     )
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
+    legacy_projector_reset: bool = field(
+        default=False,
+        metadata={"help": "every stage but the first starts from a random projector, as in the released code"},
+    )
 
 
 @dataclass
@@ -62,8 +69,15 @@ class TrainConfig:
     """Optimisation of one stage."""
 
     epochs: float = field(default=1.0, metadata={"help": "passes over a task's training records"})
-    batch_size: int = field(default=16, metadata={"help": "records per device and micro-batch"})
-    gradient_accumulation: int = field(default=1, metadata={"help": "micro-batches per optimizer step"})
+    batch_size: int = field(
+        default=16, metadata={"help": "records per device and micro-batch; with global_batch_size at most so many"}
+    )
+    gradient_accumulation: int = field(
+        default=1, metadata={"help": "micro-batches per optimizer step; with global_batch_size as many as it takes"}
+    )
+    global_batch_size: int = field(
+        default=0, metadata={"help": "records per optimizer step, however many devices there are; 0: what comes out"}
+    )
     learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate of LoRA"})
     projector_learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate of the projector"})
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = field(
@@ -184,10 +198,24 @@ class Recipe:
         parts = [section(**{f.name: values[f.name] for f in fields(section)}) for section in SECTIONS]
         return cls(*parts)
 
-    def for_stage(self, tasks: tuple[str, ...]) -> TrainConfig:
-        """The training section of a stage: with a single task, that task's own overrides."""
+    def for_stage(self, tasks: tuple[str, ...], devices: int = 1) -> TrainConfig:
+        """The training section of a stage on so many devices: with a single task, that task's own overrides.
+
+        A `global_batch_size` is kept: each device's share of it goes through in equal micro-batches of at most
+        `batch_size` records. Raises ValueError if the devices cannot share it equally.
+        """
         own = self.train.per_task.get(tasks[0], {}) if len(tasks) == 1 else {}
-        return TrainConfig(**{**asdict(self.train), **own})
+        settings = TrainConfig(**{**asdict(self.train), **own})
+        if settings.global_batch_size:
+            share, rest = divmod(settings.global_batch_size, devices)
+            if rest:
+                raise ValueError(
+                    f"{'+'.join(tasks)}: global_batch_size {settings.global_batch_size} cannot be shared by {devices} "
+                    "devices equally; take another number of devices, or another global_batch_size"
+                )
+            settings.batch_size = max(n for n in range(1, min(settings.batch_size, share) + 1) if share % n == 0)
+            settings.gradient_accumulation = share // settings.batch_size
+        return settings
 
     def check(self) -> "Recipe":
         """Itself. Raises ValueError naming the field whose value is not one of the known ones."""
@@ -199,6 +227,8 @@ class Recipe:
         tasks = self.stream.tasks
         if not tasks or len(set(tasks)) != len(tasks):
             raise ValueError(f"tasks: {tasks} must be at least one, each once")
+        if self.model.quantization != "none" and self.run.zero != "none":
+            raise ValueError("a quantized base is for one process or DDP: leave out --zero, or --quantization")
         for task, own in self.train.per_task.items():
             if unknown := set(own) - {f.name for f in fields(TrainConfig)}:
                 raise ValueError(f"per_task.{task}: '{unknown.pop()}' is no field of the training section")
@@ -247,6 +277,10 @@ def load_recipe(arguments: list[str]) -> Recipe:
     # What the recipe says of a method stands above the method's own file: only the recipe knows the model's size.
     tuned = values.pop("methods", {}).get(method, {})
     values = {**values, **read_yaml(own), **tuned, "method": method}
+    spoken = {token.split("=")[0].lstrip("-").replace("-", "_") for token in arguments if token.startswith("--")}
+    if "per_task" in values:  # the command line speaks last
+        tasks = values["per_task"].items()
+        values["per_task"] = {task: {k: v for k, v in own.items() if k not in spoken} for task, own in tasks}
     if chosen.average:  # what the recipe sets for its own rule is not meant for another one
         values = {key: value for key, value in values.items() if key not in AVERAGE_FIELDS}
     if chosen.smoke:

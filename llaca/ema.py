@@ -119,6 +119,16 @@ STATISTICS: dict[str, tuple[set[str], Callable[[_Block], Tensor]]] = {
 }
 
 
+def columns_of(variant: str) -> tuple[str, ...]:
+    """The statistics that a key of VARIANTS needs; |g| and |gap| also tell whether a step is finite."""
+    return ("gradient", "gap", *VARIANTS[variant].statistics)
+
+
+def kept_of_the_past(variant: str) -> list[str]:
+    """What a key of VARIANTS remembers of the past, each as large as the parameters."""
+    return sorted(set().union(*(STATISTICS[c][0] for c in columns_of(variant) if c != "lag")))
+
+
 def blocks(sizes: Sequence[int], limit: int) -> list[list[tuple[int, int, int]]]:
     """Tensors of these sizes cut into blocks of at most `limit` elements: (tensor, start, end) of every part."""
     found, room = [[]], limit
@@ -190,8 +200,8 @@ class DynamicAverage:
         self._check("parameter", parameters)
 
         self._star = [p.detach().to(torch.float32, copy=True) for p in parameters]
-        self._columns = ("gradient", "gap", *self._variant.statistics)
-        keeps = sorted(set().union(*(STATISTICS[c][0] for c in self._columns if c != "lag")))
+        self._columns = columns_of(self.settings["variant"])
+        keeps = kept_of_the_past(self.settings["variant"])
         self._past: dict[str, list[Tensor]] = {key: [] for key in keeps}
         if "old_theta" in keeps:
             self._past["old_theta"] = [p.detach().clone() for p in parameters]

@@ -35,6 +35,7 @@ from llava.model import (
     image_tokens,
     load_adapter,
     load_base,
+    reset_projector,
     save_adapter,
     set_adapter_state,
 )
@@ -76,8 +77,9 @@ def load_stream(recipe: Recipe) -> dict[str, list[Sample]]:
 def load_student(recipe: Recipe, records: dict[str, list[Sample]], features: FeatureCache | None = None) -> Student:
     """The base model with fresh LoRA, and the pictures' features, if the recipe reuses them and they are not given."""
     config = recipe.model
-    model, processor = load_base(config.base, getattr(torch, config.dtype), config.attention)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, config.dtype)
+    model, processor = load_base(config.base, dtype, config.attention, config.quantization, device)
     if config.reuse_vision_features:
         if features is None:
             paths = [sample.image for samples in records.values() for sample in samples if sample.image]
@@ -129,11 +131,13 @@ def train_stage(
         set_adapter_state(student.model, student.fresh)
     else:
         load_adapter(student.model, stage.folder.parent / choice.start / "adapter")
-    settings = recipe.for_stage(stage.tasks)
+    settings = recipe.for_stage(stage.tasks, ranks.count())
     checkpoint = latest(folder / "trainer")
-    start = None if checkpoint or recipe.run.zero == "none" else adapter_state(student.model)
     stage_seed = 10_000 * recipe.run.seed + 100 * stage.index  # room for the number of an epoch
     seed_everything(stage_seed)
+    if recipe.model.legacy_projector_reset and stage.index > 1:
+        reset_projector(student.model)
+    start = None if checkpoint or recipe.run.zero == "none" else adapter_state(student.model)
     trainer = LlavaTrainer(
         student.model,
         trainer_arguments(recipe, settings, stage, stage_seed, folder),
@@ -245,7 +249,8 @@ def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, list[Sa
         THRESHOLDS[recipe.stream.instructions] if threshold is None else threshold, recipe.method.group_similarity
     )
     pool = Pool(recipe.method.grouping, codebook, recipe.method.new_group_start)
-    total = sum(stage_steps(recipe.for_stage(stage.tasks), len(datasets[stage.name])) for stage in stages)
+    settings = {stage.name: recipe.for_stage(stage.tasks, ranks.count()) for stage in stages}
+    total = sum(stage_steps(settings[stage.name], len(datasets[stage.name])) for stage in stages)
     line = int(os.environ.get("LLACA_BAR", 0))  # of the terminal, where several runs share it
     with tqdm(total=total, desc=recipe.run.run, unit="step", position=line, disable=not ranks.first()) as bar:
         for stage in stages:

@@ -1,53 +1,204 @@
-"""The original LLaVA-1.5 layout and the transformers one: renamed in both directions, assembled from its parts.
+"""Between the original LLaVA-1.5 files and transformers' folders: base models and adapters, in both directions.
 
-The original keeps a Vicuna, a CLIP vision tower and the projector in three places, writes LoRA and projector into two
-pickles, and stands a sentinel that is no token for the picture. Renaming loses nothing: no tensor is transposed.
+    python -m llava.checkpoint assemble --llm vicuna --vision clip --projector mm_projector.bin --out DIR
+    python -m llava.checkpoint assemble --llm LLAVA_FOLDER --vision clip --out DIR      a whole LLaVA checkpoint
+    python -m llava.checkpoint assemble --llm LLAVA_HF_FOLDER --out DIR                 an export of llava-hf
+    python -m llava.checkpoint disassemble --from DIR --out DIR                         llm/, vision/, mm_projector.bin
+    python -m llava.checkpoint import-adapter --from LLAVA_LORA_FOLDER --out DIR [--base DIR]
+    python -m llava.checkpoint export-adapter --from DIR --out DIR [--base DIR]
+    python -m llava.checkpoint merge --base DIR --adapter DIR --out DIR
+
+What assemble and merge write is a plain folder for LlavaForConditionalGeneration and LlavaProcessor of any transformers
+that has them. Tensors keep their bits and, unless --dtype says otherwise, their dtypes.
 """
 
+import argparse
 import json
 import re
-from collections.abc import Callable
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
-from tokenizers import normalizers
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
-    LlamaTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 
 from llava.conversation import IMAGE
 from llava.image import padding_processor
-from llava.model import is_projector, load_weights
-
-PEFT_PREFIX = "base_model.model."
-# Original name, transformers name; both with the weight's own name behind. The language model stands last, because
-# its rule takes whatever else begins with "model.".
-RULES = (
-    ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
-    ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
-    ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
-    ("model.", "model.language_model."),
+from llava.model import (
+    CONFIG,
+    LORA_TARGETS,
+    PROJECTOR,
+    WEIGHTS,
+    attach_lora,
+    check_same,
+    is_projector,
+    load_adapter,
+    load_base,
+    load_weights,
 )
+from llava.original import (
+    PEFT_PREFIX,
+    State,
+    load_tokenizer,
+    of_clip,
+    of_hub,
+    read_json,
+    read_weights,
+    to_hub,
+    to_original,
+    to_transformers,
+)
+
 VISION_SELECT_LAYER = -2
-State = dict[str, torch.Tensor]
+LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+ORIGINAL_LORA, ORIGINAL_REST = "adapter_model.bin", "non_lora_trainables.bin"
+# Of an original config.json: what is not the language model's.
+FOREIGN = re.compile(
+    r"(use_|tune_|freeze_)?mm_.*|image_.*|tokenizer_.*|model_type|architectures|_name_or_path|auto_map"
+)
+PLAIN_LORA = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
 
 
-def to_transformers(name: str) -> str:
-    """Return the transformers 5 name of an original weight, of a base model or (with PEFT's prefix) of an adapter."""
-    return _rename(name, RULES)
+class Base(NamedTuple):
+    """A base model in parts: `state` has transformers 5's names."""
+
+    config: LlavaConfig
+    state: State
+    processor: LlavaProcessor
 
 
-def to_original(name: str) -> str:
-    """Return the original name of a transformers 5 weight, of a base model or (with PEFT's prefix) of an adapter."""
-    return _rename(name, tuple((theirs, ours) for ours, theirs in RULES))
+def read_base(llm: str | Path, vision: str | Path | None = None, projector: str | Path | None = None) -> Base:
+    """Read a base model from its parts; every tensor keeps its bits.
+
+    `llm`: a Vicuna folder, with `vision` (a CLIP folder) and `projector` (mm_projector.bin); a whole LLaVA checkpoint,
+    with `vision`; or an export of llava-hf alone. Which of them it is, its config.json says: the original schema by
+    `mm_projector_type`, whatever its model_type, llava-hf's by `vision_config`.
+
+    The picture's placeholder becomes one more token behind the vocabulary, with a zero row in the embedding and in the
+    head: the forward pass overwrites the former, `LlavaTrainer` and generation leave the latter out. Rows that
+    llava-hf adds behind the vocabulary go.
+    Raises ValueError or FileNotFoundError naming the file for parts that are missing, broken, or do not fit.
+    """
+    llm, content = Path(llm), read_json(Path(llm) / "config.json")
+    if "vision_config" in content:
+        _refuse(f"{llm} is a whole model of transformers", vision=vision, projector=projector)
+        old = LlavaConfig.from_pretrained(llm)
+        text, tower, layer, select = (
+            old.text_config,
+            old.vision_config,
+            old.vision_feature_layer,
+            old.vision_feature_select_strategy,
+        )
+        state, preprocessor = _renamed(read_weights(llm), of_hub), _preprocessor(llm)
+    else:
+        if vision is None:
+            raise ValueError(f"{llm} has no vision tower's configuration: give the CLIP folder as --vision")
+        text, tower = _text_config(content), CLIPVisionConfig.from_pretrained(vision)
+        preprocessor, (layer, select) = _preprocessor(Path(vision)), _selection(llm, content)
+        language = read_weights(llm)
+        state = {to_transformers(name): tensor for name, tensor in language.items() if "rotary_emb" not in name}
+        if not any(name.startswith("model.vision_tower.") for name in state):
+            state |= _renamed(read_weights(vision), of_clip)
+        if any(map(is_projector, state)):
+            _refuse(f"{llm} holds a projector of its own", projector=projector)
+        elif projector is None:
+            raise ValueError(f"{llm} holds no projector: give mm_projector.bin as --projector")
+        else:
+            state |= _renamed(read_weights(projector), to_transformers)
+    tokenizer = load_tokenizer(llm)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    if text.vocab_size < image_id or ("vision_config" not in content and text.vocab_size != image_id):
+        raise ValueError(f"{llm}: the tokenizer has {image_id} tokens, the model {text.vocab_size}")
+    text.vocab_size = image_id + 1
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        if name in state:
+            state[name] = torch.nn.functional.pad(state[name][:image_id], (0, 0, 0, 1))
+    config = LlavaConfig(
+        text_config=text,
+        vision_config=tower,
+        image_token_index=image_id,
+        image_seq_length=(tower.image_size // tower.patch_size) ** 2,
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=select,
+        tie_word_embeddings=False,
+        dtype=state["lm_head.weight"].dtype if "lm_head.weight" in state else None,
+    )
+    processor = LlavaProcessor(
+        image_processor=padding_processor(preprocessor),
+        tokenizer=tokenizer,
+        patch_size=tower.patch_size,
+        vision_feature_select_strategy=select,
+        num_additional_image_tokens=1,
+    )
+    source = f"{llm}, {vision} and {projector or llm}" if vision else str(llm)
+    _check_projector(projector or llm, state, config)
+    check_same(source, _shapes(config), state)
+    return Base(config, state, processor)
+
+
+def assemble(
+    llm: str | Path, vision: str | Path | None, projector: str | Path | None, dtype: torch.dtype = torch.float32
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Return model and processor of `read_base`, in memory. Raises what it raises."""
+    config, state, processor = read_base(llm, vision, projector)
+    model = load_weights(str(llm), None, config=config, state_dict=state, dtype=dtype)
+    model.generation_config = _generation_config(processor)
+    return model, processor
+
+
+def write_base(base: Base, out: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write the folder that `from_pretrained` opens, in shards of 5 GB, under the names that every version reads."""
+    config, state, processor = base
+    if dtype is not None:
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        config.dtype = dtype
+    Path(out).mkdir(parents=True, exist_ok=True)
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.save_pretrained(out)
+    _generation_config(processor).save_pretrained(out)
+    processor.save_pretrained(out)
+    save_torch_state_dict({to_hub(name): tensor.contiguous() for name, tensor in state.items()}, out)
+
+
+def split_base(state: State) -> tuple[State, State, State]:
+    """Return the original language model, vision tower and projector of a base model's state in transformers 5's names.
+
+    The placeholder's row goes.
+    """
+    language, vision, projector = {}, {}, {}
+    for name, tensor in state.items():
+        if is_projector(name):
+            projector[to_original(name)] = tensor
+        elif name.startswith("model.vision_tower."):
+            vision[name.replace("model.vision_tower.", "vision_model.")] = tensor
+        else:
+            rows = tensor[:-1].clone() if "embed_tokens" in name or "lm_head" in name else tensor
+            language[to_original(name)] = rows
+    return language, vision, projector
+
+
+def disassemble(folder: str | Path, out: str | Path) -> None:
+    """Write a base folder's parts as llm/, vision/ and mm_projector.bin. The tokenizer's own file is that of the Vicuna
+    it came from, and is not among them."""
+    config, state, processor = read_base(folder)
+    language, vision, projector = split_base(state)
+    out, text = Path(out), config.text_config
+    text.vocab_size -= 1
+    for part, tensors, own in (("llm", language, text), ("vision", vision, config.vision_config)):
+        (out / part).mkdir(parents=True, exist_ok=True)
+        own.save_pretrained(out / part)
+        save_torch_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, out / part)
+    processor.image_processor.save_pretrained(out / "vision")
+    torch.save({name: tensor.clone() for name, tensor in projector.items()}, out / "mm_projector.bin")
 
 
 def import_adapter(*files: str | Path) -> State:
@@ -72,115 +223,227 @@ def export_adapter(state: State) -> tuple[State, State]:
     return lora, projector
 
 
-def assemble(
-    llm_dir: str | Path, vision_dir: str | Path, projector_file: str | Path, dtype: torch.dtype = torch.float32
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Build model and processor from a Vicuna folder, a CLIP folder and `mm_projector.bin`.
+def import_adapter_folder(source: str | Path, out: str | Path, base: str | Path | None = None) -> None:
+    """Write an original LLaVA (LCIA, CoIN) LoRA folder as one PEFT folder for the transformers model.
 
-    The picture's placeholder becomes one more token behind the vocabulary, with a zero row in the embedding and in the
-    head: the forward pass overwrites the former, `LlavaTrainer` and generation leave the latter out.
-    Raises ValueError listing missing or unexpected weights.
+    `base`: the folder of that model, to check the shapes against and to name in the adapter; by default the
+    folder's own config.json is checked against.
+    Raises ValueError for any other kind of adapter, and listing missing, unexpected and misshapen tensors.
     """
-    text, vision = LlamaConfig.from_pretrained(llm_dir), CLIPVisionConfig.from_pretrained(vision_dir)
-    image_id = text.vocab_size
-    text.vocab_size = image_id + 1
-    config = LlavaConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_index=image_id,
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        vision_feature_layer=VISION_SELECT_LAYER,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-        dtype=dtype,
-    )
-    language = {name: tensor for name, tensor in read_weights(llm_dir).items() if "rotary_emb" not in name}
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        language[name] = torch.nn.functional.pad(language[name], (0, 0, 0, 1))
-    state = _renamed(language, to_transformers) | _renamed(read_weights(projector_file), to_transformers)
-    state |= _renamed(read_weights(vision_dir), _vision_name)
-    sources = f"{llm_dir}, {vision_dir} and {projector_file}"
-    model = load_weights(sources, None, config=config, state_dict=state, dtype=dtype)
-    tokenizer = load_tokenizer(llm_dir)
-    if tokenizer.convert_tokens_to_ids(IMAGE) != image_id:
-        raise ValueError(f"{llm_dir}: the tokenizer has {len(tokenizer) - 1} tokens, the model {image_id}")
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    preprocessor = json.loads((Path(vision_dir) / "preprocessor_config.json").read_text())
-    processor = LlavaProcessor(
-        image_processor=padding_processor(preprocessor),
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    return model, processor
+    from peft import LoraConfig
+
+    source, out = Path(source), Path(out)
+    config = read_json(source / CONFIG)
+    strange = {key: config.get(key, plain) for key, plain in PLAIN_LORA.items() if config.get(key, plain) != plain}
+    strange |= {key: config[key] for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "expert_num")
+                if config.get(key)}  # fmt: skip
+    if strange:
+        raise ValueError(f"{source / CONFIG} is not of the plain LoRA that LLaVA trains: {strange}")
+    lora = source / (WEIGHTS if (source / WEIGHTS).is_file() else ORIGINAL_LORA)
+    state = import_adapter(lora, source / ORIGINAL_REST)
+    model = _config_of(Path(base or source))
+    check_same(f"the adapter in {source}", _adapter_shapes(model, config["r"]), state)
+    named = str(base) if base else config["base_model_name_or_path"]
+    out.mkdir(parents=True, exist_ok=True)
+    LoraConfig(
+        r=config["r"],
+        lora_alpha=config["lora_alpha"],
+        lora_dropout=config["lora_dropout"],
+        target_modules=LORA_TARGETS,
+        modules_to_save=list(PROJECTOR),
+        base_model_name_or_path=named,
+        inference_mode=True,
+    ).save_pretrained(out)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, out / WEIGHTS, metadata={"format": "pt"})
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """Return a Vicuna folder's sentencepiece tokenizer with `<image>` added and `<unk>` as padding, as LLaVA pads.
+def export_adapter_folder(
+    source: str | Path,
+    out: str | Path,
+    base: str | Path | None = None,
+    vision: str = "openai/clip-vit-large-patch14-336",
+) -> None:
+    """Write an adapter folder as the original code writes it: two pickles, adapter_config.json and config.json.
 
-    Legacy tokenizers put a space before every piece of text between special tokens, even before a space. The stock
-    class does so unless there is one already; here the normaliser does it, and the class that saves and loads a
-    tokenizer verbatim keeps it.
+    `base`: the folder of the model it was trained on; by default what the adapter names. `vision`: the name under which
+    the original finds its vision tower.
     """
-    stock = LlamaTokenizer.from_pretrained(folder)
-    backend = stock.backend_tokenizer
-    if _is_legacy(folder):
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        backend.pre_tokenizer = None
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=stock.bos_token,
-        eos_token=stock.eos_token,
-        unk_token=stock.unk_token,
-        pad_token=stock.unk_token,
-        additional_special_tokens=[IMAGE],
-        model_max_length=stock.model_max_length,
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-    )
+    source, out = Path(source), Path(out)
+    config, state = read_json(source / CONFIG), load_file(source / WEIGHTS)
+    base = Path(base or config["base_model_name_or_path"])
+    model = _config_of(base)
+    check_same(f"the adapter in {source}", _adapter_shapes(model, config["r"]), state)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, tensors in zip((ORIGINAL_LORA, ORIGINAL_REST), export_adapter(state), strict=True):
+        torch.save(tensors, out / name)
+    kept = ("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "inference_mode", "init_lora_weights")
+    lora = PLAIN_LORA | {key: config[key] for key in kept}
+    lora |= {"target_modules": LINEARS, "task_type": "CAUSAL_LM"}
+    _write_json(out / CONFIG, lora)
+    _write_json(out / "config.json", _original_config(model, vision))
 
 
-def read_weights(path: str | Path) -> State:
-    """Return the tensors of one file or of a folder's weights, sharded or not. Pickles may hold tensors only.
+def merge(base: str | Path, adapter: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write the base with the adapter's LoRA added to its weights and the adapter's projector in its place.
 
-    Raises FileNotFoundError naming the folder if it holds no weights.
+    The sum is made in `dtype`, by default the base's own. Raises ValueError if the adapter does not fit.
     """
-    path = Path(path)
-    if path.is_dir():
-        for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-            if files := sorted(path.glob(pattern)):
-                return {name: tensor for file in files for name, tensor in read_weights(file).items()}
-        raise FileNotFoundError(f"{path} holds neither model*.safetensors nor pytorch_model*.bin")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    own = _config_of(Path(base)).dtype or torch.float32
+    config = read_json(Path(adapter) / CONFIG)
+    model, processor = load_base(base, dtype or own)
+    model = attach_lora(model, config["r"], config["lora_alpha"], 0.0)
+    load_adapter(model, adapter)
+    merged = model.merge_and_unload(safe_merge=True).to(dtype or own)
+    write_base(Base(merged.config, merged.state_dict(), processor), out)
 
 
-def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    prefix = PEFT_PREFIX if name.startswith(PEFT_PREFIX) else ""
-    rest = name.removeprefix(prefix)
-    for source, target in rules:
-        if rest.startswith(source):
-            return prefix + target + rest.removeprefix(source)
-    return name
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="llava.checkpoint", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    flags = {
+        "assemble": ("--llm", "--vision?", "--projector?", "--out", "--dtype?"),
+        "disassemble": ("--from", "--out"),
+        "import-adapter": ("--from", "--out", "--base?"),
+        "export-adapter": ("--from", "--out", "--base?"),
+        "merge": ("--base", "--adapter", "--out", "--dtype?"),
+    }
+    for command, names in flags.items():
+        sub = commands.add_parser(command)
+        for name in names:
+            choices = ["float32", "bfloat16", "float16"] if "dtype" in name else None
+            sub.add_argument(name.rstrip("?"), required=not name.endswith("?"), choices=choices)
+    given = vars(parser.parse_args())
+    dtype = getattr(torch, given["dtype"]) if given.get("dtype") else None
+    try:
+        sources = [
+            Path(value).resolve() for key, value in given.items() if value and key not in ("command", "dtype", "out")
+        ]
+        if Path(given["out"]).resolve() in sources:
+            raise ValueError(f"--out {given['out']} is what is read; choose another folder")
+        if given["command"] == "assemble":
+            write_base(read_base(given["llm"], given["vision"], given["projector"]), given["out"], dtype)
+        elif given["command"] == "merge":
+            merge(given["base"], given["adapter"], given["out"], dtype)
+        elif given["command"] == "disassemble":
+            disassemble(given["from"], given["out"])
+        else:
+            turn = import_adapter_folder if given["command"] == "import-adapter" else export_adapter_folder
+            turn(given["from"], given["out"], given["base"])
+    except (ValueError, OSError) as error:
+        sys.exit(f"llava.checkpoint: {error}")
+    print(f"{given['out']}: written")
 
 
-def _renamed(state: State, rename: Callable[[str], str | None]) -> State:
+def _renamed(state: State, rename) -> State:
     return {new: tensor for name, tensor in state.items() if (new := rename(name)) is not None}
 
 
-def _vision_name(name: str) -> str | None:
-    """Return the transformers name of a weight of a CLIP folder; None for its text half and its position buffer."""
-    match = re.fullmatch(r"(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..*)", name)
-    if match is None or name.endswith("position_ids"):
-        return None
-    return f"model.vision_tower.{match[1]}"
+def _refuse(reason: str, **given) -> None:
+    if extra := [f"--{name}" for name, value in given.items() if value is not None]:
+        raise ValueError(f"{reason}: leave out {' and '.join(extra)}")
 
 
-def _is_legacy(folder: str | Path) -> bool:
-    """Tell whether a tokenizer folder asks for the legacy treatment, which is the default where it says nothing."""
-    config = Path(folder) / "tokenizer_config.json"
-    return json.loads(config.read_text()).get("legacy", True) if config.is_file() else True
+def _preprocessor(folder: Path) -> dict:
+    """The image processor's settings, from the file of either age."""
+    if (folder / "processor_config.json").is_file():
+        content = read_json(folder / "processor_config.json")
+        if "image_processor" in content:
+            return content["image_processor"]
+    return read_json(folder / "preprocessor_config.json")
+
+
+def _selection(folder: Path, content: dict) -> tuple[int, str]:
+    """The vision tower's layer and which of its tokens are shown; refuses a LLaVA other than 1.5."""
+    known = {
+        "mm_projector_type": ("mlp2x_gelu",),
+        "mm_use_im_start_end": (False,),
+        "mm_use_im_patch_token": (False,),
+        "mm_vision_select_feature": ("patch", "cls_patch"),
+    }
+    for key, values in known.items():
+        if content.get(key, values[0]) not in values:
+            raise ValueError(f"{folder / 'config.json'}: {key} is {content[key]!r}, LLaVA-1.5 has {values[0]!r}")
+    select = "default" if content.get("mm_vision_select_feature", "patch") == "patch" else "full"
+    return content.get("mm_vision_select_layer", VISION_SELECT_LAYER), select
+
+
+def _check_projector(source: str | Path, state: State, config: LlavaConfig) -> None:
+    first = state.get("model.multi_modal_projector.linear_1.weight")
+    last = state.get("model.multi_modal_projector.linear_2.weight")
+    if first is None or last is None:
+        return  # among the missing ones, which are listed with the rest
+    found, wanted = (first.shape[1], last.shape[0]), (config.vision_config.hidden_size, config.text_config.hidden_size)
+    if found != wanted:
+        raise ValueError(
+            f"{source}: the projector leads from {found[0]} to {found[1]}, vision tower and language model have the "
+            f"widths {wanted[0]} and {wanted[1]}; take the projector of this size of LLaVA"
+        )
+
+
+def _shapes(config: LlavaConfig) -> State:
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(config).state_dict()
+
+
+def _adapter_shapes(config: LlavaConfig, r: int) -> State:
+    """An adapter of this rank for this model, by name and shape."""
+    wanted = {}
+    for name, tensor in _shapes(config).items():
+        if name.startswith("model.language_model.layers.") and name.endswith("_proj.weight"):
+            stem, (given, taken) = PEFT_PREFIX + name.removesuffix("weight"), tensor.shape
+            wanted[stem + "lora_A.weight"] = torch.empty(r, taken, device="meta")
+            wanted[stem + "lora_B.weight"] = torch.empty(given, r, device="meta")
+        elif is_projector(name):
+            wanted[PEFT_PREFIX + name] = tensor
+    return wanted
+
+
+def _config_of(folder: Path) -> LlavaConfig:
+    """The model's configuration, from a config.json in transformers' or the original schema."""
+    content = read_json(folder / "config.json")
+    if "vision_config" in content:
+        return LlavaConfig.from_dict(content)
+    if "mm_hidden_size" not in content:
+        raise ValueError(f"{folder / 'config.json'} is of no LLaVA model")
+    return LlavaConfig(
+        text_config=_text_config(content), vision_config=CLIPVisionConfig(hidden_size=content["mm_hidden_size"])
+    )
+
+
+def _text_config(content: dict) -> LlamaConfig:
+    return LlamaConfig.from_dict({key: value for key, value in content.items() if not FOREIGN.fullmatch(key)})
+
+
+def _original_config(config: LlavaConfig, vision: str) -> dict:
+    """The original LLaVA's config.json for a model of transformers."""
+    text = config.text_config.to_diff_dict() | {"vocab_size": config.text_config.vocab_size - 1}
+    select = "patch" if config.vision_feature_select_strategy == "default" else "cls_patch"
+    return text | {
+        "model_type": "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "mm_vision_tower": vision,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": select,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "image_aspect_ratio": "pad",
+    }
+
+
+def _generation_config(processor: LlavaProcessor) -> GenerationConfig:
+    tokenizer = processor.tokenizer
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

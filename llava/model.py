@@ -17,28 +17,66 @@ from transformers.utils import logging
 
 from llava.conversation import END, IMAGE
 
+QUANTIZATIONS = ("none", "8bit", "nf4", "nf4-double")
+NF4_BLOCK = 64  # weights that share a scale
 LORA_TARGETS = r"(.*\.)?language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 PROJECTOR = ("linear_1", "linear_2")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def load_base(
-    path: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "eager"
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    quantization: str = "none",
+    device: torch.device | str = "cpu",
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Return model and processor of a `save_pretrained` folder; pictures are padded to squares, as LLaVA-1.5's are.
 
+    `quantization` (QLoRA, arXiv 2305.14314): the weights of the language model's blocks in `8bit`, or in 4 bits as
+    `nf4`, whose scales `nf4-double` quantises once more; the rest keeps `dtype`, in which they are multiplied.
     Raises FileNotFoundError or ValueError naming the folder if it is not such a folder or does not fit together.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json; give the folder of a Llava model saved by transformers")
-    if "mm_projector_type" in json.loads((path / "config.json").read_text()):
-        raise ValueError(f"{path} has the original LLaVA layout; convert it with llava.checkpoint first")
-    model = load_weights(str(path), path, dtype=dtype, attn_implementation=attn_implementation)
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise FileNotFoundError(f"{path} holds no weights; checkpoints/README.md says how to make them")
+    content = json.loads((path / "config.json").read_text())
+    if "mm_projector_type" in content:
+        raise ValueError(
+            f"{path} has the original LLaVA layout; convert it with `python -m llava.checkpoint assemble --llm {path}`"
+        )
+    settings = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if quantization != "none":  # such weights cannot be moved later
+        settings["quantization_config"] = _quantization(path, quantization, dtype, content)
+        settings["device_map"] = {"": device}
+    model = load_weights(str(path), path, **settings).to(device)
     processor = LlavaProcessor.from_pretrained(path, backend="pil")
     processor.image_processor.do_pad = True
     _check_processor(path, model.config, processor)
     return model, processor
+
+
+def _quantization(path: Path, kind: str, dtype: torch.dtype, content: dict):
+    from transformers import BitsAndBytesConfig
+
+    if kind not in QUANTIZATIONS:
+        raise ValueError(f"quantization is {kind!r}; it must be one of {QUANTIZATIONS}")
+    kept = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    text = content["text_config"]
+    widths = [text[key] for key in ("hidden_size", "intermediate_size") if key in text]
+    if any(width % NF4_BLOCK for width in widths):
+        raise ValueError(f"{path}: nf4 takes widths in multiples of {NF4_BLOCK}, this model has {widths}; take 8bit")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=kind == "nf4-double",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
+    )
 
 
 def load_weights(name: str, path: Path | None, **settings) -> LlavaForConditionalGeneration:
@@ -85,6 +123,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def reset_projector(model: nn.Module) -> None:
+    """Draw the trainable projector anew, from torch's global generator, as torch does for a new layer."""
+    for name, module in model.named_modules():
+        if name.endswith(tuple(f"multi_modal_projector.{linear}.modules_to_save.default" for linear in PROJECTOR)):
+            module.reset_parameters()
+
+
 def is_projector(name: str) -> bool:
     """Tell whether a parameter name, of the runtime or of an adapter file, belongs to the projector."""
     return "multi_modal_projector." in name
@@ -98,7 +143,7 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def set_adapter_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Put a state of `adapter_state` back, in place. Raises ValueError listing names or shapes that do not match."""
     parameters = trainable_parameters(model)
-    _check_same("the adapter state", parameters, state)
+    check_same("the adapter state", parameters, state)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
@@ -124,7 +169,7 @@ def save_adapter(model: nn.Module, folder: str | Path, weights: dict[str, torch.
     config.save_pretrained(folder)
 
     saved = load_file(folder / WEIGHTS)
-    _check_same(f"{folder / WEIGHTS}", state, saved)
+    check_same(f"{folder / WEIGHTS}", state, saved)
     broken = [name for name, tensor in saved.items() if not tensor.numel() or not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(f"{folder / WEIGHTS} holds empty or non-finite tensors: {broken}")
@@ -144,11 +189,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         if ours != theirs:
             raise ValueError(f"{folder / CONFIG} has {key} {theirs}, the model {ours}; attach LoRA with the same value")
     saved = load_file(folder / WEIGHTS)
-    _check_same(f"{folder / WEIGHTS}", get_peft_model_state_dict(model, save_embedding_layers=False), saved)
+    check_same(f"{folder / WEIGHTS}", get_peft_model_state_dict(model, save_embedding_layers=False), saved)
     set_peft_model_state_dict(model, saved)
 
 
-def _check_same(source: str, wanted: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> None:
+def check_same(source: str, wanted: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> None:
     faults = {
         "missing": sorted(wanted.keys() - given.keys()),
         "unexpected": sorted(given.keys() - wanted.keys()),
@@ -161,10 +206,15 @@ def _check_same(source: str, wanted: dict[str, torch.Tensor], given: dict[str, t
 
 
 def _check_processor(path: Path, config, processor: LlavaProcessor) -> None:
-    tokenizer = processor.tokenizer
+    tokenizer, rows = processor.tokenizer, config.text_config.vocab_size
     if tokenizer.convert_tokens_to_ids(IMAGE) != config.image_token_id:
         raise ValueError(
             f"{path}: {IMAGE} is not the tokenizer's token {config.image_token_id}, which config.json names"
+        )
+    if rows != len(tokenizer):
+        raise ValueError(
+            f"{path}: the model has {rows} words, the tokenizer {len(tokenizer)}; the rest would take part in every "
+            f"loss. `python -m llava.checkpoint assemble --llm {path} --out DIR` takes it away"
         )
     if tokenizer.eos_token != END:
         raise ValueError(f"{path}: turns end in {END} but the tokenizer's end of text is {tokenizer.eos_token!r}")

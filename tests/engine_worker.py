@@ -3,6 +3,7 @@
 torchrun ... tests/engine_worker.py BASE DATA OUT none|DEEPSPEED.json SCENARIO ...
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llaca import ranks
 from llaca.callbacks import Tap
+from llaca.config import load_recipe
+from llaca.methods.average import MovingAverage
 from llaca.methods.base import Method
 from llava.dataset import InstructionDataset, load_samples
 from llava.model import attach_lora, load_base
@@ -37,13 +40,27 @@ class Recorder(Method):
         self.norms.append(shards.sum(table).sum().sqrt().item())
 
 
+class Weighed(MovingAverage):
+    """Adds up the bytes of all tensors in this process, each storage once, after every step."""
+
+    norms, bytes = (), 0
+
+    def after_step(self, shards):
+        super().after_step(shards)
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not thing.is_meta]
+        storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+        self.bytes = sum(storage.nbytes() for storage in storages.values())
+
+
 def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) -> dict:
     """One short training; returns the gradients' norms or the error."""
     torch.manual_seed(0)
     model, processor = load_base(base)
-    model = attach_lora(model, 4, 8, 0.0)
+    weighs = name == "bytes"
+    model = attach_lora(model, 64 if weighs else 4, 8, 0.0)
     dataset = InstructionDataset(load_samples(data / "train.json", data), processor, 36, 512)
-    method = Recorder()
+    method = Weighed(load_recipe(["--method", "llaca", "--average", "eq45"]).method) if weighs else Recorder()
     if name == "nan":
         poisoned = next(p for path, p in model.named_parameters() if path.endswith(FAULTY))
         poisoned.register_hook(lambda gradient: gradient * float("nan"))
@@ -72,6 +89,8 @@ def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) 
         return {"error": str(error), "steps": len(method.norms)}
     finally:
         unset_hf_deepspeed_config()
+    if weighs:
+        return {"bytes": method.bytes}
     weights = tap.layout.gather(tap.layout.shards().parameters)
     return {"norms": method.norms, "sum": {n: t.double().abs().sum().item() for n, t in weights.items()}}
 

@@ -69,6 +69,39 @@ def test_per_task_overrides(tmp_path):
     assert loaded.for_stage(("GQA", "VQAv2")).batch_size == 16
 
 
+RELEASED = {"ScienceQA": 16, "TextVQA": 16, "ImageNet": 20, "GQA": 8, "VizWiz": 16, "Grounding": 8, "VQAv2": 10,
+            "OCR-VQA": 12}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_batches_of_the_release_on_eight_gpus_and_the_same_steps_on_others(size):
+    line = ["--recipe", str(CONFIGS / f"coin_llava{size}.yaml"), "--method", "llaca"]
+    loaded = load_recipe(line)
+    eight = {task: loaded.for_stage((task,), 8) for task in loaded.stream.tasks}
+    assert {task: s.batch_size for task, s in eight.items()} == RELEASED
+    assert {s.gradient_accumulation for s in eight.values()} == {1}
+    for devices, largest in ((1, 20), (2, 20), (4, 6), (8, 3), (16, 20)):
+        smaller = load_recipe([*line, "--batch-size", str(largest)])
+        for task, released in RELEASED.items():
+            s = smaller.for_stage((task,), devices)
+            assert s.batch_size * s.gradient_accumulation * devices == 8 * released and s.batch_size <= largest
+    with pytest.raises(ValueError, match="ScienceQA: global_batch_size 128 cannot be shared by 3 devices"):
+        loaded.for_stage(("ScienceQA",), 3)
+
+
+def test_the_command_line_speaks_last_of_a_task_too(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("base: b\ndata_root: d\ntasks: [GQA]\nper_task: {GQA: {batch_size: 8, epochs: 3}}\n")
+    for flag in (["--batch_size=4"], ["--batch-size", "4"]):
+        settings = load_recipe(["--recipe", str(recipe), *flag]).for_stage(("GQA",))
+        assert (settings.batch_size, settings.epochs) == (4, 3)
+
+
+def test_a_quantized_base_under_deepspeed_is_refused():
+    with pytest.raises(ValueError, match="quantized base is for one process or DDP"):
+        load_recipe(["--quantization", "nf4", "--zero", "2"])
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_orders_are_the_papers(order):
     assert ordered(ORDERS["original"], order) == ORDERS[order]

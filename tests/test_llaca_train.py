@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from conftest import make_base
 from safetensors.torch import load_file
 
 from data.mini import build
@@ -71,6 +73,27 @@ def test_the_average_stands_between_the_start_of_the_stage_and_its_trained_weigh
     start, plain, averaged = found["0.9999999"]
     for name in plain:
         np.testing.assert_allclose(averaged[name], start[name], atol=1e-5)
+
+
+def test_released_projector_reset_is_an_option(arguments):
+    """Nothing moves at a learning rate of zero: stage 2 begins with stage 1's projector, or with a random one."""
+    still = ["--learning_rate", "0", "--projector_learning_rate", "0", "--method", "lora"]
+    for reset in ("false", "true"):
+        line = [*arguments, *still, "--legacy_projector_reset", reset, "--run", f"reset-{reset}"]
+        folders = sorted((run(load_recipe(line)) / "stages").iterdir())
+        first, second = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders[:2])
+        for name, tensor in first.items():
+            assert torch.equal(tensor, second[name]) == (reset == "false" or "multi_modal_projector" not in name), name
+    weight = second["base_model.model.model.multi_modal_projector.linear_2.weight"]
+    assert weight.abs().max() <= weight.shape[1] ** -0.5  # torch's own bound for a new layer
+
+
+def test_a_quantized_base_is_trained_upon_and_answers(arguments, tmp_path, capsys):
+    base = make_base(tmp_path / "wide", width=64)
+    line = [*arguments, "--base", str(base), "--quantization", "nf4", "--method", "llaca"]
+    folder = run(load_recipe(line))
+    report(["--runs-dir", str(folder.parent), "--run", folder.name, "--out", str(tmp_path / "tables")])
+    assert np.isfinite(np.tril(read_matrix(folder / "matrix.csv")[0])).all()
 
 
 def test_llaca_run_tells_its_story(arguments):

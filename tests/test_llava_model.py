@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from conftest import ORIGINAL, make_base
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from llava.dataset import Collator, InstructionDataset, load_samples
 from llava.model import (
@@ -175,3 +177,77 @@ def test_base_is_padded_and_checked(tiny_base, tmp_path):
     for file, change, message in cases:
         with pytest.raises(ValueError, match=message):
             load_base(variant(file, change))
+    stranger = variant("config.json", lambda c: None)
+    tokenizer = AutoTokenizer.from_pretrained(ORIGINAL / "vicuna-tiny")
+    assert "<image>" not in tokenizer.get_vocab()
+    tokenizer.save_pretrained(stranger)
+    with pytest.raises(ValueError, match="<image> is not the tokenizer's token"):
+        load_base(stranger)
+    (stranger / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        load_base(stranger)
+    padded = make_base(tmp_path / "padded", padding=9)
+    with pytest.raises(ValueError, match=r"model has \d+ words.*llava.checkpoint assemble"):
+        load_base(padded)
+
+
+# The sixteen values of NormalFloat4 (QLoRA, arXiv 2305.14314, appendix E).
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wide_base(tmp_path_factory):
+    """A random base whose widths are multiples of 64."""
+    return make_base(tmp_path_factory.mktemp("wide"), width=64)
+
+
+@pytest.mark.parametrize("kind", ["8bit", "nf4", "nf4-double"])
+def test_quantized_base(wide_base, tiny_data, tmp_path, kind):
+    """Each weight is the nearest on its grid, the rest is untouched, and LoRA trains upon it."""
+    plain, processor = load_base(wide_base)
+    model, _ = load_base(wide_base, quantization=kind)
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        exact = plain.get_submodule(name).weight.detach()
+        if not (".language_model." in name and name.endswith(tuple(LINEARS))):
+            assert torch.equal(module.weight, exact), name
+            continue
+        seen = module(torch.eye(exact.shape[1])).T
+        if kind == "8bit":
+            scale = exact.abs().amax(dim=1, keepdim=True) / 127
+            torch.testing.assert_close(seen, (exact / scale).round() * scale, rtol=0, atol=1.1 * scale.max().item())
+        else:
+            tolerance = 0.01 if kind == "nf4" else 0.03  # bfloat16 inside; the grid's steps are 0.08 and more
+            blocks = exact.reshape(-1, 64)
+            scale = blocks.abs().amax(dim=1, keepdim=True)
+            nearest = (blocks[..., None] / scale[..., None] - torch.tensor(NF4)).abs().argmin(dim=-1)
+            grid = (torch.tensor(NF4)[nearest] * scale).view_as(exact)
+            torch.testing.assert_close(seen, grid, rtol=0, atol=tolerance * scale.max().item())
+    torch.manual_seed(0)
+    model = scrambled(attach_lora(model, 4, 8, 0.0), 1)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    batch = Collator(0)(
+        list(InstructionDataset(load_samples(tiny_data / "train.json", tiny_data)[:2], processor, 36, 512))
+    )
+    losses = []
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
+    for _ in range(3):
+        loss = model(**batch).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    save_adapter(model, tmp_path)
+    load_adapter(attach_lora(plain, 4, 8, 0.0), tmp_path)  # an adapter like any other
+
+
+def test_what_cannot_be_quantized_is_refused(tiny_base):
+    with pytest.raises(ValueError, match="nf4 takes widths in multiples of 64"):
+        load_base(tiny_base, quantization="nf4")
+    with pytest.raises(ValueError, match="quantization is '3bit'"):
+        load_base(tiny_base, quantization="3bit")

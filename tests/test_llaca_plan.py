@@ -1,0 +1,93 @@
+"""The plan against closed forms, and against the bytes that real steps take."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_base
+from test_llaca_engine import ROOT, TORCHRUN, work
+
+from llaca.config import CONFIGS, load_recipe
+from llaca.ema import DynamicAverage
+from llaca.plan import REDUCE_BUCKET, average_bytes, base_bytes, blank_model, counts, plan, steps
+from llava.model import load_base, trainable_parameters
+
+SEVEN = ["--recipe", str(CONFIGS / "coin_llava7b.yaml")]
+
+
+def test_llava_7b_trains_exactly_the_language_models_linears_and_the_projector():
+    """The figures of the released adapters; no weights are needed."""
+    model = blank_model(load_recipe(SEVEN))
+    assert counts(model) == {"tensors": 452, "lora": 319_815_680, "projector": 20_979_712}
+    lora = [name for name in trainable_parameters(model) if "lora_" in name]
+    assert len(lora) == 448 and len({name.split(".lora_")[0] for name in lora}) == 224
+    assert not any("vision" in name for name in trainable_parameters(model))
+
+
+def test_bytes_of_a_quantized_base_are_those_of_the_loaded_one(tmp_path):
+    base = make_base(tmp_path / "base", width=128)
+    for kind in ("none", "8bit", "nf4", "nf4-double"):
+        line = ["--base", str(base), "--quantization", kind, "--dtype", "float32", "--lora_rank", "4"]
+        planned = base_bytes(blank_model(load_recipe(line)), kind)
+        model, _ = load_base(base, quantization=kind)
+        found = sum(p.nbytes for p in model.parameters())
+        for module in model.modules():
+            state = getattr(getattr(module, "weight", None), "quant_state", None)
+            if state is not None:
+                found += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+            found += getattr(getattr(module, "weight", None), "SCB", torch.empty(0)).nbytes if kind == "8bit" else 0
+        assert planned == pytest.approx(found, rel=0.01), kind
+
+
+@pytest.mark.parametrize("rule", ["eq45", "eq14", "lcia_release", "secant", "fixed"])
+def test_bytes_of_the_average_are_those_that_it_counts_itself(rule):
+    recipe = load_recipe(["--method", "llaca", "--average", rule])
+    average = DynamicAverage(["a"], [torch.zeros(300)], rule)
+    average.step([torch.ones(300)], [torch.ones(300)])
+    assert average_bytes(recipe, 300) == average.bytes()
+
+
+@pytest.mark.slow
+def test_planned_bytes_are_those_of_real_steps(tiny_data, tmp_path):
+    """All tensors of a process directly after a step, when activations and buffers are gone."""
+    base = make_base(tmp_path / "base", width=256)
+    line = ["--base", str(base), "--method", "llaca", "--average", "eq45", "--lora_rank", "64"]
+    recipe = load_recipe([*line, "--dtype", "float32"])
+    for zero, engine, gpus in (("none", "DDP", 1), ("1", "ZeRO 1", 2), ("2", "ZeRO 2", 2), ("3", "ZeRO 3", 2)):
+        told = work(base, tiny_data, tmp_path, TORCHRUN if gpus > 1 else [sys.executable], zero, "bytes")["bytes"][
+            "bytes"
+        ]
+        parts = plan(recipe, gpus, 60, "cpu")[engine]
+        planned = parts.total - parts.activations - parts.buffers
+        told -= 4 * REDUCE_BUCKET if zero == "3" else 0  # the one that stays
+        assert planned == pytest.approx(told, rel=0.15), (engine, parts)
+
+
+def test_activations_grow_with_what_makes_them(tmp_path):
+    recipe = load_recipe(["--method", "lora"])
+    checkpointed = load_recipe(["--method", "lora", "--gradient_checkpointing", "true"])
+    one, two, short = (plan(r, 1, t)["DDP"].activations for r, t in ((recipe, 200), (checkpointed, 200), (recipe, 100)))
+    assert two < one / 2 and short < one
+    half = load_recipe(["--method", "lora", "--batch_size", "8"])
+    assert plan(half, 1, 200)["DDP"].activations == pytest.approx(one / 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("records", "gpus", "batch", "accumulation", "epochs", "wanted"),
+    [(1500, 1, 16, 1, 2.0, 188), (128, 8, 16, 1, 1.0, 1), (129, 8, 16, 1, 1.0, 2), (100, 2, 5, 2, 1.0, 5)],
+)
+def test_steps(records, gpus, batch, accumulation, epochs, wanted):
+    line = ["--batch_size", str(batch), "--gradient_accumulation", str(accumulation), "--epochs", str(epochs)]
+    assert steps(load_recipe(line).train, gpus, records) == wanted
+
+
+def test_the_command_says_what_fits_and_needs_no_weights():
+    line = [sys.executable, "-m", "llaca.plan", *SEVEN, "--method", "llaca", "--tokens", "700", "--gpu-memory", "24"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "452 tensors train, 319,815,680 values in LoRA and 20,979,712 in the projector" in done.stdout
+    rows = {row[:15].strip(): row for row in done.stdout.splitlines() if row.startswith(("DDP", "ZeRO"))}
+    assert rows["DDP"].endswith("too much") and rows["ZeRO 3 offload"].endswith("fits")
+    done = subprocess.run([*line, "--base", "nowhere"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "nowhere/config.json is missing" in done.stderr
