@@ -28,7 +28,7 @@ class ModelConfig:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = field(
         default="sdpa", metadata={"help": "attention implementation"}
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
+    dtype: Literal["float32", "bfloat16"] = field(
         default="bfloat16", metadata={"help": "of the frozen base; what is trained is float32"}
     )
     quantization: Literal["none", "8bit", "nf4", "nf4-double"] = field(

@@ -202,7 +202,7 @@ def trainer_arguments(recipe: Recipe, settings: TrainConfig, stage: Stage, seed:
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         activation_checkpointing=recipe.model.gradient_checkpointing,
-        bf16=cuda and recipe.model.dtype == "bfloat16",
+        bf16=recipe.model.dtype == "bfloat16",
         tf32=cuda or None,
         use_cpu=not cuda,
         logging_steps=recipe.run.logging_steps,

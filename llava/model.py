@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
 from llava.conversation import END, IMAGE
@@ -52,10 +52,15 @@ def load_base(
         settings["quantization_config"] = _quantization(path, quantization, dtype, content)
         settings["device_map"] = {"": device}
     model = load_weights(str(path), path, **settings).to(device)
+    return model, load_processor(path, model.config)
+
+
+def load_processor(path: str | Path, config: LlavaConfig) -> LlavaProcessor:
+    """Return the processor of a folder; pictures are padded to squares. Raises ValueError unless it fits `config`."""
     processor = LlavaProcessor.from_pretrained(path, backend="pil")
     processor.image_processor.do_pad = True
-    _check_processor(path, model.config, processor)
-    return model, processor
+    _check_processor(Path(path), config, processor)
+    return processor
 
 
 def _quantization(path: Path, kind: str, dtype: torch.dtype, content: dict):
