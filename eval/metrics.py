@@ -1,8 +1,9 @@
 """The paper's and CoIN's figures, all functions of the accuracy matrix.
 
 A[j, i] is the accuracy in percent on task i after training stage j; both are counted in training order,
-so A is (tasks, tasks) and NaN above the diagonal. A run without stages (zero-shot, multi-task) has the
-single row of its one evaluation: nothing is newly learnt or forgotten there, so those figures are None.
+so A is (tasks, tasks) and NaN above the diagonal, and where a cell was not asked for. A run without stages (zero-shot,
+multi-task) has the single row of its one evaluation: nothing is newly learnt or forgotten there. A figure that lacks a
+cell is None.
 """
 
 from __future__ import annotations
@@ -20,23 +21,24 @@ DEFINITIONS = {
     "MAA": "mean over the stages of the mean accuracy on the tasks seen so far (CoIN); higher is better",
     "BWT": "mean over all tasks, the last as 0, of (accuracy after the last stage) - "
     "(accuracy after the task's own stage) (CoIN); negative is forgetting",
+    "FWT": "mean over all tasks but the first of (accuracy right before the task's own stage) - (accuracy of the base "
+    "model); higher is better",
 }
 
 
 def check_matrix(A: np.ndarray) -> np.ndarray:
-    """A as float64, (T, T) with every value on and below the diagonal, or one full row (1, T).
+    """A as float64, (T, T) with values on and below the diagonal, or one row (1, T).
 
-    Raises ValueError for another shape, a missing value, a value above the diagonal or outside 0..100.
+    Raises ValueError for another shape, no value at all, a value above the diagonal or outside 0..100.
     """
     A = np.asarray(A, dtype=np.float64)
     if A.ndim != 2 or A.size == 0 or A.shape[0] not in (1, A.shape[1]):
         raise ValueError(f"accuracy matrix of shape {A.shape}: needs one row a task, or a single row")
-    expected = np.ones(A.shape, bool) if is_single(A) else np.tri(len(A), dtype=bool)
-    wrong = np.argwhere(np.isnan(A) == expected)
-    if len(wrong):
-        stage, task = wrong[0]
-        problem = "is missing: evaluate it" if expected[stage, task] else "lies above the diagonal: leave it empty"
-        raise ValueError(f"accuracy matrix: stage {stage + 1}, task {task + 1} {problem}")
+    if not is_single(A) and len(above := np.argwhere(np.triu(~np.isnan(A), 1))):
+        stage, task = above[0]
+        raise ValueError(f"accuracy matrix: stage {stage + 1}, task {task + 1} lies above the diagonal: leave it empty")
+    if np.isnan(A).all():
+        raise ValueError("accuracy matrix: no cell has a value; evaluate one")
     if np.nanmin(A) < 0 or np.nanmax(A) > 100:
         raise ValueError("accuracy matrix: accuracies are in percent, 0 to 100")
     return A
@@ -59,13 +61,13 @@ def new_accuracy(A: np.ndarray) -> float:
 
 def forgetting(A: np.ndarray) -> float:
     """Forgetting = 1/(T-1) sum_{i<T} ( max_{i<=j<=T-1} A[j, i] - A[T, i] ), (T, T) with T > 1."""
-    best = np.nanmax(A[:-1, :-1], axis=0)
+    best = [A[i:-1, i].max() for i in range(len(A) - 1)]  # nan if one of them is
     return float((best - A[-1, :-1]).mean())
 
 
 def mean_average_accuracy(A: np.ndarray) -> float:
     """MAA = 1/T sum_j ( 1/j sum_{i<=j} A[j, i] )."""
-    return float(np.nanmean(A, axis=1).mean())
+    return float(np.mean([A[j, : j + 1].mean() for j in range(len(A))]))
 
 
 def backward_transfer(A: np.ndarray) -> float:
@@ -73,20 +75,29 @@ def backward_transfer(A: np.ndarray) -> float:
     return float((A[-1] - np.diag(A)).mean())
 
 
-def summarise(A: np.ndarray, tasks: Sequence[str]) -> dict[str, float | dict[str, float] | None]:
+def forward_transfer(full: np.ndarray, base: np.ndarray) -> float:
+    """FWT = 1/(T-1) sum_{i>1} ( a[i-1, i] - b[i] ), how much the stages before a task lift it above the base model.
+
+    `full` (T, T) has values above the diagonal, too; `base` (T,) is the accuracy before the first stage.
+    """
+    return float((np.diag(full, 1) - base[1:]).mean())
+
+
+def summarise(A: np.ndarray, tasks: Sequence[str]) -> dict[str, float | dict[str, float | None] | None]:
     """All figures of one run: KEYS in percent, and per_task, the accuracy on each task after the last stage.
 
-    Raises ValueError for a matrix that is not complete (check_matrix) or does not fit `tasks`.
+    Raises ValueError for a matrix that check_matrix refuses or that does not fit `tasks`.
     """
     A = check_matrix(A)
     if A.shape[1] != len(tasks) or len(set(tasks)) != len(tasks):
         raise ValueError(f"accuracy matrix has {A.shape[1]} columns for the tasks {', '.join(tasks)}")
-    single = is_single(A)
-    return {
+    several = not is_single(A)
+    figures = {
         "Avg.ACC": average_accuracy(A),
-        "Forgetting": None if single else forgetting(A),
-        "New.ACC": None if single else new_accuracy(A),
-        "MAA": average_accuracy(A) if single else mean_average_accuracy(A),
-        "BWT": None if single else backward_transfer(A),
-        "per_task": dict(zip(tasks, A[-1].tolist(), strict=True)),
+        "Forgetting": forgetting(A) if several else np.nan,
+        "New.ACC": new_accuracy(A) if several else np.nan,
+        "MAA": mean_average_accuracy(A) if several else average_accuracy(A),
+        "BWT": backward_transfer(A) if several else np.nan,
     }
+    figures = {key: None if np.isnan(value) else value for key, value in figures.items()}
+    return figures | {"per_task": {t: None if np.isnan(a) else a for t, a in zip(tasks, A[-1].tolist(), strict=True)}}

@@ -1,49 +1,72 @@
-"""Answers of a run: which stage's parameters answer which test set, and the answer files of all of them.
+"""Answers of runs: which stage's parameters answer which test set, and the answer files of all of them.
 
     runs/<name>/answers[-dev]/<stage whose parameters answered>/<Task>.jsonl      {question_id, prompt, text} a line
 
 A cell of the accuracy matrix is one such file. With grouping many cells share a file: a parameter set that a stage
-did not change is not asked again. A file is written whole or not at all; what exists is not computed again.
+did not change is not asked again. Any number of processes answer, each the questions of its own share:
+
+    python -m torch.distributed.run --nproc-per-node 8 -m eval.predict --run NAME ...       (eval_all.sh does)
+
+Each appends to <Task>.jsonl.part-<rank> after every batch, so that a killed evaluation goes on where it was, with
+however many processes. A file is put together, every id in it once, when all parts are there.
 """
 
+import argparse
 import copy
 import json
-from dataclasses import dataclass
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import yaml
 from tqdm import tqdm
 
-from data.layout import image_root
-from eval.tasks import TASKS
+from data.benchmark import image_root, open_benchmark
+from eval.tasks import task_of
+from llaca import ranks
 from llaca.config import Recipe
 from llaca.grouping import instruction_of
 from llaca.methods import METHODS
 from llaca.pool import Pool
 from llaca.stream import Stage, ordered, stages_of, write_atomically
-from llava.dataset import Question, load_questions
-from llava.features import cache_features, use_features
-from llava.generate import generate_answers
+from llava.dataset import Question, read_questions
+from llava.features import FeatureCache, cache_features, use_features
+from llava.generate import answer_batches, encode_questions
 from llava.model import attach_lora, load_adapter, load_base
 
-BASE = "base"  # stands for a stage where the base model itself answers
+BASE = "base"  # stands for the base model, before any stage
+CELLS = ("final", "diagonal", "triangle", "full")
+Row = tuple[str, dict[str, str]]  # (stage, {task: stage whose parameters answer it})
 
 
 @dataclass
 class Run:
-    """A run folder as evaluation sees it: only stages that are DONE."""
+    """A run folder as evaluation sees it: only stages that are DONE. `cells` is one of CELLS:
+
+    final: the last row; diagonal: that and each task right after its own stage; triangle: every stage and the tasks
+    trained so far; full: every stage and every task, and the base model.
+    """
 
     folder: Path
     recipe: Recipe
     stages: list[Stage]
     split: str
+    cells: str = "triangle"
+
+    @property
+    def trains(self) -> bool:
+        return METHODS[self.recipe.method.method].trains
 
     @property
     def complete(self) -> bool:
         """Whether every task of the stream has been trained (or nothing is to be trained)."""
-        trained = sum(len(stage.tasks) for stage in self.stages)
-        return not METHODS[self.recipe.method.method].trains or trained == len(self.tasks)
+        return not self.trains or sum(len(stage.tasks) for stage in self.stages) == len(self.tasks)
 
     @property
     def name(self) -> str:
@@ -58,101 +81,229 @@ class Run:
     def answers(self) -> Path:
         return self.folder / ("answers" if self.split == "test" else f"answers-{self.split}")
 
-    def questions(self, task: str) -> list[Question]:
-        """The questions of a task that this run answers."""
-        stream = self.recipe.stream
-        path = TASKS[task].question_file(stream.data_root, stream.instructions, self.split)
-        return load_questions(path, image_root(stream.data_root))[: stream.max_test_samples or None]
+    @cached_property
+    def questions(self) -> dict[str, list[Question]]:
+        """The questions of every task that this run answers."""
+        stream, found = self.recipe.stream, {}
+        for task in self.tasks:
+            path = task_of(stream.data_root, task).question_file(stream.data_root, stream.instructions, self.split)
+            loaded = read_questions(path, image_root(stream.data_root), look=False)  # opened when they are answered
+            usable = loaded.usable if stream.unchecked else loaded.whole(path)
+            found[task] = usable[: stream.max_test_samples or None]
+        return found
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The rows of the accuracy matrix as far as `cells` asks for them; with `full`, BASE's first."""
+        if not self.trains:
+            return [(BASE, dict.fromkeys(self.tasks, BASE))]
+        benchmark, rows, seen = open_benchmark(self.recipe.stream.data_root), [], []
+        wordings = {
+            task: sorted({instruction_of(q.text, benchmark.task(task).instruction) for q in questions})
+            for task, questions in self.questions.items()
+        }
+        for stage in self.stages:
+            seen += stage.tasks
+            pool = Pool.from_json((stage.folder / "codebook.json").read_text(encoding="utf-8"))
+            row, last = {}, stage is self.stages[-1]
+            for task in self.tasks if self.cells == "full" else seen:
+                if self.cells in ("final", "diagonal") and not last and task not in stage.tasks:
+                    continue
+                if self.cells == "final" and not last:
+                    continue
+                row[task], matched = pool.holder_for(wordings[task])
+                if not matched and task in seen and ranks.first():
+                    print(f"{self.name}, {stage.name}: {task} matches no group; the nearest, {row[task]}, answers")
+            rows.append((stage.name, row))
+        return [(BASE, dict.fromkeys(self.tasks, BASE)), *rows] if self.cells == "full" else rows
+
+    def answer_file(self, holder: str, task: str) -> Path:
+        """Where the answers to `task` with the parameters of stage `holder` are."""
+        return self.answers / holder / f"{task}.jsonl"
+
+    def missing(self) -> list[tuple[str, str]]:
+        """(stage whose parameters answer, task) of the answer files that the rows need and that are not there."""
+        wanted = dict.fromkeys((holder, task) for _, row in self.rows for task, holder in row.items())
+        return [cell for cell in wanted if not self.answer_file(*cell).is_file()]
 
 
-def open_run(folder: Path, split: str = "test") -> Run:
+def open_run(folder: Path, split: str = "test", cells: str = "triangle") -> Run:
     """Reads a run folder; of its stages those that are DONE. Raises FileNotFoundError where there is no run."""
     if not (folder / "recipe.yaml").is_file():
         raise FileNotFoundError(f"{folder}: no recipe.yaml, so no run; train one with train_continual.sh")
     recipe = Recipe.from_flat(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
     method = METHODS[recipe.method.method]
     stages = [stage for stage in stages_of(recipe, method.joint, folder) if stage.done] if method.trains else []
-    return Run(folder, recipe, stages, split)
+    return Run(folder, recipe, stages, split, cells)
 
 
-def matrix_rows(run: Run, questions: dict[str, list[Question]]) -> list[tuple[str, dict[str, str]]]:
-    """The rows of the accuracy matrix: (stage, {task: stage whose parameters answer it}) of every seen task."""
-    if not METHODS[run.recipe.method.method].trains:
-        return [(BASE, dict.fromkeys(run.tasks, BASE))]
-    rows, seen = [], []
-    for stage in run.stages:
-        seen += stage.tasks
-        pool = Pool.from_json((stage.folder / "codebook.json").read_text(encoding="utf-8"))
-        row = {}
-        for task in seen:
-            wordings = sorted({instruction_of(task, q.text) for q in questions[task]})
-            row[task], matched = pool.holder_for(wordings)
-            if not matched:
-                print(f"{run.name}, {stage.name}: {task} matches no group; the nearest, {row[task]}, answers")
-        rows.append((stage.name, row))
-    return rows
+class Answerer:
+    """The base model, the features of the test pictures and the tokens of the questions, for runs that share them."""
+
+    def __init__(self, run: Run):
+        config = run.recipe.model
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        dtype = getattr(torch, config.dtype)
+        self.key = self.key_of(run)
+        self.base, self.processor = load_base(config.base, dtype, config.attention, config.quantization, device)
+        self.features: FeatureCache | None = None
+        if config.reuse_vision_features:
+            pictures = [q.image for questions in run.questions.values() for q in questions if q.image]
+            self.features = cache_features(self.base, self.processor.image_processor, pictures)  # the same batches
+            use_features(self.base)  # in every process, so the same features
+        self._ids: dict[str, list[list[int]]] = {}
+
+    @staticmethod
+    def key_of(run: Run) -> str:
+        """Runs with the same key can share an Answerer."""
+        return json.dumps([asdict(run.recipe.model), asdict(run.recipe.stream), run.split])
+
+    def ids(self, run: Run, task: str) -> list[list[int]]:
+        """The tokens of the task's questions."""
+        if task not in self._ids:
+            asked = run.questions[task]
+            texts, images = [q.text for q in asked], [q.image for q in asked]
+            self._ids[task] = encode_questions(self.base.config, self.processor.tokenizer, texts, images)
+        return self._ids[task]
+
+    def model(self, run: Run, holder: str) -> torch.nn.Module:
+        """The base, or a copy of it with a stage's LoRA merged in, unless it is quantized, and its projector."""
+        if holder == BASE:
+            return self.base
+        config = run.recipe.model
+        model = attach_lora(copy.deepcopy(self.base), config.lora_rank, config.lora_alpha, 0.0)
+        load_adapter(model, run.folder / "stages" / holder / "adapter")
+        return model.merge_and_unload() if config.quantization == "none" else model
 
 
-def missing_cells(run: Run) -> list[tuple[str, str]]:
-    """(stage whose parameters answer, task) of the answer files that the matrix needs and that are not there."""
-    rows = matrix_rows(run, {task: run.questions(task) for task in run.tasks})
-    wanted = dict.fromkeys((holder, task) for _, row in rows for task, holder in row.items())
-    return [cell for cell in wanted if not answer_file(run, *cell).is_file()]
+def answer_share(runs: Sequence[Run], rank: int, world: int, batch_size: int) -> None:
+    """Answers what is missing of every `world`-th question, from the `rank`-th on, into parts of the answer files."""
+    shares = {}
+    for run in runs:
+        for cell in run.missing():
+            done = {str(row["question_id"]) for rows in _parts(run.answer_file(*cell)).values() for row in rows}
+            own = range(rank, len(run.questions[cell[1]]), world)
+            todo = [i for i in own if str(run.questions[cell[1]][i].question_id) not in done]
+            if todo:
+                shares.setdefault((run.name, cell[0]), (run, []))[1].append((cell[1], todo))
+    total = sum(len(todo) for _, cells in shares.values() for _, todo in cells)
+    answerer = None
+    name = f"answers (process 1 of {world})" if world > 1 else "answers"
+    with tqdm(total=total, desc=name, unit="answer", disable=rank > 0) as bar:
+        for (_, holder), (run, cells) in shares.items():
+            if answerer is None or answerer.key != Answerer.key_of(run):
+                answerer = None  # the old one goes before the new one comes
+                answerer = Answerer(run)
+            model = answerer.model(run, holder)
+            for task, todo in cells:
+                _answer_cell(answerer, model, run, run.answer_file(holder, task), task, todo, rank, batch_size, bar)
 
 
-def predict(run: Run, batch_size: int = 64) -> list[tuple[str, dict[str, str]]]:
-    """Fills the run's answer files and returns `matrix_rows`."""
-    questions = {task: run.questions(task) for task in run.tasks}
-    rows = matrix_rows(run, questions)
-    missing = missing_cells(run)
-    if not missing:
-        return rows
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model_config = run.recipe.model
-    dtype = getattr(torch, model_config.dtype)
-    base, processor = load_base(model_config.base, dtype, model_config.attention, model_config.quantization, device)
-    features = None
-    if model_config.reuse_vision_features:
-        paths = [q.image for asked in questions.values() for q in asked if q.image]  # all: the same batches every time
-        features = cache_features(base, processor.image_processor, paths)
-        use_features(base)
-    with tqdm(total=sum(len(questions[task]) for _, task in missing), desc=run.name, unit="answer") as bar:
-        for holder in dict.fromkeys(holder for holder, _ in missing):
-            model = base if holder == BASE else merged(base, run, holder)
-            for task in (task for h, task in missing if h == holder):
-                asked = questions[task]
-                texts = generate_answers(
-                    model,
-                    processor,
-                    [q.text for q in asked],
-                    [q.image for q in asked],
-                    run.recipe.stream.max_new_tokens or TASKS[task].max_new_tokens,
-                    batch_size,
-                    features,
+def _answer_cell(
+    answerer: Answerer, model, run: Run, file: Path, task: str, todo: list[int], rank: int, batch_size: int, bar: tqdm
+) -> None:
+    asked, ids = [run.questions[task][i] for i in todo], answerer.ids(run, task)
+    stream = run.recipe.stream
+    batches = answer_batches(
+        model,
+        answerer.processor,
+        [ids[i] for i in todo],
+        [q.image for q in asked],
+        stream.max_new_tokens or task_of(stream.data_root, task).spec.max_new_tokens,
+        batch_size,
+        answerer.features,
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part-{rank}")
+    _cut_to_whole_lines(part)
+    with part.open("a", encoding="utf-8") as out:
+        for numbers, texts in batches:
+            out.writelines(_line(asked[number], text) for number, text in zip(numbers, texts, strict=True))
+            out.flush()
+            bar.update(len(numbers))
+
+
+def _line(question: Question, text: str) -> str:
+    row = {"question_id": question.question_id, "prompt": question.record["text"], "text": text}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _parts(file: Path) -> dict[Path, list[dict]]:
+    """The rows of every part of an answer file; the unfinished last line of a killed process is none."""
+    found = {}
+    for part in sorted(file.parent.glob(f"{file.name}.part-*")):
+        content = part.read_text(encoding="utf-8")
+        whole = content[: content.rfind("\n") + 1]
+        found[part] = [json.loads(line) for line in whole.split("\n")[:-1]]
+    return found
+
+
+def _cut_to_whole_lines(part: Path) -> None:
+    if part.is_file():
+        content = part.read_bytes()
+        os.truncate(part, content.rfind(b"\n") + 1)
+
+
+def merge_parts(runs: Sequence[Run]) -> None:
+    """Puts the missing answer files together, in the order of the questions.
+
+    Raises ValueError if a question has no answer in the parts, or two: nothing is written or removed then.
+    """
+    for run in runs:
+        for holder, task in run.missing():
+            file, asked = run.answer_file(holder, task), run.questions[task]
+            parts = _parts(file)
+            rows = {str(row["question_id"]): row for rows in parts.values() for row in rows}
+            counts = Counter(str(row["question_id"]) for rows in parts.values() for row in rows)
+            doubled = [key for key, count in counts.items() if count > 1]
+            ids = [str(q.question_id) for q in asked]
+            absent, strange = [key for key in ids if key not in rows], sorted(rows.keys() - set(ids))
+            if doubled or absent or strange:
+                raise ValueError(
+                    f"{file}: of {len(ids)} questions {len(absent)} have no answer ({', '.join(absent[:3])}), "
+                    f"{len(doubled)} have two ({', '.join(doubled[:3])}), {len(strange)} are unknown "
+                    f"({', '.join(strange[:3])}); evaluate again, or remove {file.name}.part-*"
                 )
-                save_answers(answer_file(run, holder, task), asked, texts)
-                bar.update(len(asked))
-    return rows
+            ordered_rows = (json.dumps(rows[key], ensure_ascii=False) + "\n" for key in ids)
+            write_atomically(file, "".join(ordered_rows))
+            for part in parts:
+                part.unlink()
 
 
-def answer_file(run: Run, holder: str, task: str) -> Path:
-    """Where the answers to `task` with the parameters of stage `holder` are."""
-    return run.answers / holder / f"{task}.jsonl"
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say what is answered."""
+    parser.add_argument("--run", nargs="+", default=[], help="names of runs; without: every folder with a recipe")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--split", choices=["test", "dev"], default="test")
+    parser.add_argument("--cells", choices=CELLS, default="triangle", help="of the accuracy matrix")
+    parser.add_argument("--batch-size", type=int, default=64, help="questions answered at once by one process")
 
 
-def merged(base: torch.nn.Module, run: Run, holder: str) -> torch.nn.Module:
-    """A copy of the base with a stage's LoRA merged into it, unless it is quantized, and its projector in place."""
-    config = run.recipe.model
-    model = attach_lora(copy.deepcopy(base), config.lora_rank, config.lora_alpha, 0.0)
-    load_adapter(model, run.folder / "stages" / holder / "adapter")
-    return model.merge_and_unload() if config.quantization == "none" else model
+def chosen_runs(options: argparse.Namespace) -> list[Run]:
+    """The runs that the flags name. Raises FileNotFoundError if there is none."""
+    names = options.run or sorted(p.parent.name for p in options.runs_dir.glob("*/recipe.yaml"))
+    if not names:
+        raise FileNotFoundError(f"{options.runs_dir}: no runs; train one with: bash train_continual.sh")
+    return [open_run(options.runs_dir / name, options.split, options.cells) for name in names]
 
 
-def save_answers(path: Path, questions: list[Question], texts: list[str]) -> None:
-    """Writes one answer file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"question_id": q.question_id, "prompt": q.record["text"], "text": text}
-        for q, text in zip(questions, texts, strict=True)
-    ]
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def main() -> None:
+    """Command line of one process of several: answers its share; the first puts the files together."""
+    parser = argparse.ArgumentParser(prog="python -m eval.predict", description=__doc__.splitlines()[0])
+    arguments(parser)
+    options = parser.parse_args()
+    ranks.start(patience=timedelta(days=2))  # who is done waits for the slowest
+    try:
+        runs = chosen_runs(options)
+        answer_share(runs, ranks.rank(), ranks.count(), options.batch_size)
+        ranks.wait()
+        if ranks.first():
+            merge_parts(runs)
+    except (ValueError, OSError) as error:
+        if os.environ.get("LLACA_TRACEBACK"):
+            raise
+        sys.exit(f"eval.predict: {error}\n(LLACA_TRACEBACK=1 shows where)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,14 @@
 """Answers, scores, tables and figures of runs: `python -m eval.report [--run NAME ...]` (without: every run).
 
 Writes runs/NAME/{matrix.csv,metrics.json,scores.json} and figures/, and prints one table with a row per method, the
-seeds of a method taken together. Runs whose streams differ get tables of their own.
+seeds of a method taken together. Runs whose streams differ get tables of their own. With --cells full, also
+matrix_full.csv, whose first row is the base model's, and FWT.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import fields, replace
@@ -15,13 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from eval.figures import accuracy_heatmap, accuracy_over_stages, average_vs_forgetting
-from eval.predict import Run, answer_file, missing_cells, open_run, predict
-from eval.score import majority_baseline, read_answers, score_task
+from eval.metrics import forward_transfer
+from eval.predict import BASE, Run, answer_share, arguments, chosen_runs, merge_parts
+from eval.score import TaskScore, majority_baseline, read_answers, score_task
 from eval.tables import Table, method_row, read_matrix, results_table, write_matrix, write_metrics
 from eval.tasks import MODES
 
+ALONE = 4000  # questions that one process answers about as fast as two, which have to start first
 FORMATS = {"txt": Table.text, "md": Table.markdown, "csv": Table.csv, "tex": Table.latex}
 
 
@@ -31,44 +36,55 @@ def output_folder(run: Run) -> Path:
 
 
 def score_run(run: Run) -> dict:
-    """Answers what is missing, scores every cell, writes the run's files; returns its metrics.
+    """Scores every cell and writes the run's files; returns its metrics and, as "format", the percentage of answers in
+    the form that the task asks for, by task after the last stage.
 
     A run that is not complete gets the matrix of its stages so far and, for want of a last row, no metrics.json.
     """
-    rows = predict(run)
     stream, folder = run.recipe.stream, output_folder(run)
     folder.mkdir(exist_ok=True)
 
     @cache  # with grouping, many cells are one file
-    def score(holder: str, task: str):
-        answers = read_answers(answer_file(run, holder, task))
+    def score(holder: str, task: str) -> TaskScore:
+        answers = read_answers(run.answer_file(holder, task))
         return score_task(task, answers, stream.data_root, stream.instructions, run.split, stream.max_test_samples)
 
-    tasks = list(rows[-1][1])
-    A = np.full((len(rows), len(tasks)), np.nan)
-    cells = []
-    for j, (stage, row) in enumerate(rows):
-        for task, holder in row.items():
-            result = score(holder, task)
-            A[j, tasks.index(task)] = result.accuracy["official"]
-            accuracies = {mode: result.accuracy[mode] for mode in MODES}
-            cells.append(
-                {
-                    "stage": stage,
-                    "task": task,
-                    "parameters": holder,
-                    **accuracies,
-                    "format_rate": result.format_rate,
-                    "questions": result.n,
-                    "missing": result.missing,
-                }
-            )
+    scores = {(stage, task): score(holder, task) for stage, row in run.rows for task, holder in row.items()}
+    cells = [
+        {
+            "stage": stage,
+            "task": task,
+            "parameters": holder,
+            **{mode: scores[stage, task].accuracy[mode] for mode in MODES},
+            "format_rate": scores[stage, task].format_rate,
+            "questions": scores[stage, task].n,
+            "missing": scores[stage, task].missing,
+        }
+        for stage, row in run.rows
+        for task, holder in row.items()
+    ]
     (folder / "scores.json").write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
-    write_matrix(folder / "matrix.csv", A, [stage for stage, _ in rows], tasks)
+    stages = [stage for stage, _ in run.rows if stage != BASE or not run.trains]
+    tasks = [task for stage in run.stages for task in stage.tasks] or run.tasks
+    whole = pd.DataFrame(np.nan, index=[stage for stage, _ in run.rows], columns=run.tasks)
+    for (stage, task), result in scores.items():
+        whole.loc[stage, task] = result.accuracy["official"]
+    A = whole.loc[stages, tasks].to_numpy(copy=True)
+    if len(A) > 1:
+        A[np.triu_indices(len(A), 1)] = np.nan
+    write_matrix(folder / "matrix.csv", A, stages, tasks)
     (folder / "figures").mkdir(exist_ok=True)
     accuracy_heatmap(A, tasks, run.name, folder / "figures" / "accuracy_matrix.png")
     (folder / "metrics.json").unlink(missing_ok=True)
-    return write_metrics(folder / "metrics.json", A, tasks) if run.complete else {}
+    if not run.complete:
+        return {}
+    extra = {}
+    if run.cells == "full" and run.trains:
+        whole.to_csv(folder / "matrix_full.csv", index_label="stage", float_format="%.10g")
+        if len(A) > 1:
+            extra["FWT"] = forward_transfer(whole.loc[stages].to_numpy(), whole.loc[BASE].to_numpy())
+    metrics = write_metrics(folder / "metrics.json", A, tasks, extra)
+    return metrics | {"format": {task: scores[stages[-1], task].format_rate for task in tasks}}
 
 
 def method_label(run: Run) -> str:
@@ -101,7 +117,7 @@ def summary(runs: list[Run], metrics: dict[str, dict], out: Path, paper: bool = 
     rows = [method_row(label, [metrics[run.name] for run in members]) for label, members in methods.items()]
     table = results_table(rows, baseline, paper)
     behind = facts(runs, metrics)
-    table = replace(table, notes=(*table.notes, *fallback_notes(behind)))
+    table = replace(table, notes=(*table.notes, *format_notes(methods, metrics), *fallback_notes(behind)))
     out.mkdir(parents=True, exist_ok=True)
     for suffix, render in FORMATS.items():
         (out / f"table.{suffix}").write_text(render(table), encoding="utf-8")
@@ -114,16 +130,16 @@ def facts(runs: list[Run], metrics: dict[str, dict]) -> pd.DataFrame:
     """What lies behind a table, a row per run: commit, minutes of training, figures, and how often beta fell back."""
     rows = []
     for run in runs:
-        stories = [json.loads((stage.folder / "stage.json").read_text(encoding="utf-8")) for stage in run.stages]
-        averaged = [story for story in stories if story["averaged"]]
+        told = stories(run)
+        averaged = [story for story in told if story["averaged"]]
         rows.append(
             {
                 "run": run.name,
                 "method": method_label(run),
                 "seed": run.recipe.run.seed,
                 "commit": json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))["commit"],
-                "minutes": sum(story["seconds"] for story in stories) / 60,
-                "steps": sum(story["steps"] for story in stories),
+                "minutes": sum(story["seconds"] for story in told) / 60,
+                "steps": sum(story["steps"] for story in told),
                 **{key: metrics[run.name][key] for key in ("Avg.ACC", "Forgetting", "New.ACC", "MAA", "BWT")},
                 "averaged stages": len(averaged),
                 **{
@@ -134,6 +150,25 @@ def facts(runs: list[Run], metrics: dict[str, dict]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def format_notes(methods: dict[str, list[Run]], metrics: dict[str, dict]) -> list[str]:
+    """Of each method the share of answers in the form that their task asks for, where it is not all of them: what is
+    lost there may be the form of an answer, not its content. And the records that were left out."""
+    notes = []
+    for label, members in methods.items():
+        tasks = members[0].tasks
+        rates = {task: float(np.mean([metrics[run.name]["format"][task] for run in members])) for task in tasks}
+        if told := [f"{task} {rate:.1f}" for task, rate in rates.items() if rate < 99.95]:
+            notes.append(f"{label}: answers in the task's form, where not all, in percent: {', '.join(told)}.")
+        if dropped := sum(story["dropped_records"] for run in members for story in stories(run)):
+            notes.append(f"{label}: {dropped:,} broken records were left out of training.")
+    return notes
+
+
+def stories(run: Run) -> list[dict]:
+    """What stage.json tells of every stage."""
+    return [json.loads((stage.folder / "stage.json").read_text(encoding="utf-8")) for stage in run.stages]
 
 
 def fallback_notes(behind: pd.DataFrame) -> list[str]:
@@ -161,40 +196,59 @@ def draw(methods: dict[str, list[Run]], metrics: dict[str, dict], out: Path) -> 
         average_vs_forgetting(points, out / "average_vs_forgetting.png")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(given: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="eval_all.sh", description=__doc__.splitlines()[0])
-    parser.add_argument("--run", nargs="+", default=[], help="names of runs; without: every folder with a recipe")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
-    parser.add_argument("--split", choices=["test", "dev"], default="test")
+    arguments(parser)
+    parser.add_argument("--num-gpus", type=int, help="processes that answer; default: one a GPU, or one a CPU core")
     parser.add_argument(
         "--out", type=Path, help="folder for the tables and figures over runs; default: RUNS_DIR/tables"
     )
     parser.add_argument("--paper", action="store_true", help="add the rows of the paper's Table 1")
-    options = parser.parse_args(arguments)
-    names = options.run or sorted(p.parent.name for p in options.runs_dir.glob("*/recipe.yaml"))
-    if not names:
-        sys.exit(f"{options.runs_dir}: no runs; train one with: bash train_continual.sh")
+    options = parser.parse_args(given)
     try:
-        report([options.runs_dir / name for name in names], options)
+        report(options)
     except (ValueError, OSError) as error:
         if os.environ.get("LLACA_TRACEBACK"):
             raise
         sys.exit(f"eval.report: {error}\n(LLACA_TRACEBACK=1 shows where)")
 
 
-def report(folders: list[Path], options: argparse.Namespace) -> None:
-    """Scores the runs and prints a table for every set of comparable ones."""
+def answer(runs: list[Run], options: argparse.Namespace) -> None:
+    """Fills the answer files that are missing, with several processes where there is work for them."""
+    cells = [(run, task) for run in runs for _, task in run.missing()]
+    questions = sum(len(run.questions[task]) for run, task in cells)
+    if not cells:
+        return
+    threads = int(os.environ.get("OMP_NUM_THREADS", 1))
+    processes = options.num_gpus or torch.cuda.device_count() or max(1, (os.cpu_count() or 1) // threads)
+    if questions < ALONE and options.num_gpus is None:
+        processes = 1
+    print(
+        f"{len(runs)} runs, {len(cells)} test sets, {questions:,} questions to answer with {processes} processes; "
+        "CoIN-mini takes about a minute for 20,000",
+        flush=True,
+    )
+    if processes == 1:
+        answer_share(runs, 0, 1, options.batch_size)
+        return merge_parts(runs)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    line += ["-m", "--", "eval.predict"]
+    line += ["--runs-dir", str(options.runs_dir), "--run", *[run.name for run in runs]]
+    line += ["--split", options.split, "--cells", options.cells, "--batch-size", str(options.batch_size)]
+    if status := subprocess.call(line):
+        sys.exit(status)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Answers and scores the runs and prints a table for every set of comparable ones."""
     runs, metrics = [], {}
-    for folder in folders:
-        run = open_run(folder, options.split)
+    for run in chosen_runs(options):
         if not run.complete:
             print(f"{run.name}: {len(run.stages)} stages are done, the stream is not; it is in no table yet")
         if run.complete or run.stages:
             runs.append(run)
-    cells = sum(len(missing_cells(run)) for run in runs)
-    if cells:
-        print(f"{len(runs)} runs, {cells} test sets to answer: CoIN-mini takes about a second each", flush=True)
+    answer(runs, options)
     for run in runs:
         metrics[run.name] = score_run(run)
     tables: dict[tuple, list[Run]] = defaultdict(list)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.layout import INSTRUCTION_FOLDERS, OTHER_NAMES
-from eval.tasks import MODES, TASKS, Task
+from data.benchmark import INSTRUCTION_SETS, open_benchmark
+from eval.tasks import MODES, task_of
 from eval.tasks.base import SPLITS, field, read_json
 
 IMAGE_TOKEN = "<image>"
@@ -45,14 +45,6 @@ class TaskScore:
 def percent(share: float) -> float:
     """A share in percent, without the noise of binary fractions (63.75, not 63.74999999999999)."""
     return round(100 * share, 10)
-
-
-def find_task(name: str) -> Task:
-    """The task of this name (CoIN's folder names too); ValueError listing the known ones."""
-    for task in TASKS.values():
-        if name in (task.name, *OTHER_NAMES.get(task.name, ())):
-            return task
-    raise ValueError(f"task '{name}' is not known; choose one of {', '.join(TASKS)}")
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
@@ -96,7 +88,7 @@ def score_task(
     of the file, for runs that were told to answer no more; 0: all. Raises ValueError if there are no
     rows, for doubled or unknown ids and for broken references, FileNotFoundError if the data are not there.
     """
-    task = find_task(task_name)
+    task = task_of(data_root, task_name)
     references = task.load_references(data_root, instructions, split)
     if not rows:
         raise ValueError(f"{task.name}: no answers to score")
@@ -145,7 +137,7 @@ def legacy_accuracy(
     split: str = "test",
 ) -> float:
     """The accuracy the released evaluator prints for these rows, doubled and unknown ids treated its way."""
-    task = find_task(task_name)
+    task = task_of(data_root, task_name)
     references = task.load_references(data_root, instructions, split)
     return task.legacy_report(rows, task.legacy_scores(rows, references), references)["Accuracy"]
 
@@ -185,7 +177,7 @@ def majority_answers(
     The most frequent training answer to the same question text; where the text occurs fewer than MIN_COUNT times,
     to questions with the same first three words; else of the whole task. Boxes by their median.
     """
-    task = find_task(task_name)
+    task = task_of(data_root, task_name)
     answers: dict[str, list[str]] = defaultdict(list)
     for question, answer in training_turns(task.train_file(data_root, instructions)):
         for key in backoff(question):
@@ -213,20 +205,20 @@ def majority_baseline(
 
 
 def score_folder(answers: Path, data_root: Path, instructions: str, split: str, scoring: str) -> dict[str, float]:
-    """Accuracy in percent of every <Task>.jsonl in a folder, in the order of TASKS.
+    """Accuracy in percent of every <Task>.jsonl in a folder, in the benchmark's order.
 
     Raises FileNotFoundError if there is none, ValueError for a .jsonl file that is no task's.
     """
-    files: dict[str, Path] = {}
+    tasks, files = open_benchmark(data_root).tasks, {}
     for path in sorted(answers.glob("*.jsonl")):
-        name = find_task(path.stem).name
+        name = task_of(data_root, path.stem).name
         if name in files:
             raise ValueError(f"{path}: {files[name].name} holds answers of the same task; keep one")
         files[name] = path
     if not files:
-        raise FileNotFoundError(f"{answers}: no <Task>.jsonl in it; tasks are {', '.join(TASKS)}")
+        raise FileNotFoundError(f"{answers}: no <Task>.jsonl in it; tasks are {', '.join(tasks)}")
     scores = {}
-    for name in (name for name in TASKS if name in files):
+    for name in (name for name in tasks if name in files):
         rows = read_answers(files[name])
         where = (name, rows, data_root, instructions, split)
         scores[name] = legacy_accuracy(*where) if scoring == "legacy" else score_task(*where).accuracy[scoring]
@@ -238,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.score", description="Score a folder of answer files.")
     parser.add_argument("--data", type=Path, required=True, help="data root: Instructions*/ and cl_dataset/")
     parser.add_argument("--answers", type=Path, required=True, help="folder with <Task>.jsonl files")
-    parser.add_argument("--instructions", choices=INSTRUCTION_FOLDERS, default="original")
+    parser.add_argument("--instructions", choices=INSTRUCTION_SETS, default="original")
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--scoring", choices=MODES, default="official")
     options = parser.parse_args(arguments)

@@ -16,6 +16,7 @@ from eval.tasks import TASKS
 
 PAPER_TABLE_1 = Path(__file__).parent / "paper" / "table1_llava7b.csv"
 TABLE_METRICS = ("Avg.ACC", "Forgetting", "New.ACC")
+ALL_METRICS = (*TABLE_METRICS, "FWT")  # the last only where a row has it: it needs the whole matrix
 BASELINE_LABEL = "Question-only majority"
 EMPTY = "-"
 _CSV_DIGITS = 10  # digits enough for every accuracy a test set can have, few enough to hide binary noise
@@ -44,9 +45,11 @@ def read_matrix(path: Path | str) -> tuple[np.ndarray, list[str], list[str]]:
     return A, frame.index.tolist(), frame.columns.tolist()
 
 
-def write_metrics(path: Path | str, A: np.ndarray, tasks: Sequence[str]) -> dict[str, Any]:
-    """Write `summarise(A, tasks)` as JSON (None as null) and return it."""
-    metrics = summarise(A, tasks)
+def write_metrics(
+    path: Path | str, A: np.ndarray, tasks: Sequence[str], extra: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Write `summarise(A, tasks)` and `extra` as JSON (None as null) and return it."""
+    metrics = summarise(A, tasks) | dict(extra or {})
     Path(path).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
 
@@ -83,7 +86,7 @@ def method_row(method: str, runs: Sequence[Mapping[str, Any]]) -> Row:
     """
     if not runs:
         raise ValueError(f"{method}: no run to tabulate")
-    flat = [dict(run["per_task"]) | {metric: run[metric] for metric in TABLE_METRICS} for run in runs]
+    flat = [dict(run["per_task"]) | {metric: run.get(metric) for metric in ALL_METRICS} for run in runs]
     frame = pd.DataFrame(flat, dtype=np.float64)
     present = frame.notna()
     if any(set(run) != set(flat[0]) for run in flat) or not (present.all() == present.any()).all():
@@ -98,7 +101,7 @@ def method_row(method: str, runs: Sequence[Mapping[str, Any]]) -> Row:
 def baseline_row(baseline: Mapping[str, float]) -> Row:
     """The question-only majority baseline (percent by task) as a row; it neither learns nor forgets."""
     average = sum(baseline.values()) / len(baseline)
-    mean = dict(baseline) | {"Avg.ACC": average, "Forgetting": None, "New.ACC": None}
+    mean = dict(baseline) | {**dict.fromkeys(ALL_METRICS), "Avg.ACC": average}
     return Row(BASELINE_LABEL, mean, {})
 
 
@@ -106,7 +109,7 @@ def paper_rows(path: Path = PAPER_TABLE_1) -> list[Row]:
     """The rows the paper prints, as read from its table."""
     frame = pd.read_csv(path).set_index("method")
     return [
-        Row(f"{method} (paper)", {key: None if pd.isna(value) else value for key, value in row.items()}, {})
+        Row(f"{method} (paper)", {"FWT": None} | {k: None if pd.isna(v) else v for k, v in row.items()}, {})
         for method, row in frame.to_dict("index").items()
     ]
 
@@ -168,12 +171,12 @@ def results_table(rows: Sequence[Row], baseline: Mapping[str, float], paper: boo
     training order was. Raises ValueError if a row has other tasks than the baseline.
     """
     lines = [*rows, baseline_row(baseline), *(paper_rows() if paper else ())]
-    columns = (*canonical_order(baseline), *TABLE_METRICS)
+    tasks = canonical_order(baseline)
     for row in lines:
-        if set(row.mean) != set(columns):
-            differing = ", ".join(sorted(set(row.mean) ^ set(columns)))
-            raise ValueError(f"{row.label}: differs from the baseline's tasks in {differing}")
-    return Table(tuple(lines), columns, table_notes(rows))
+        if differing := sorted(set(row.mean) ^ {*tasks, *ALL_METRICS}):
+            raise ValueError(f"{row.label}: differs from the baseline's tasks in {', '.join(differing)}")
+    metrics = [m for m in ALL_METRICS if m in TABLE_METRICS or any(row.mean[m] is not None for row in rows)]
+    return Table(tuple(lines), (*tasks, *metrics), table_notes(rows, metrics))
 
 
 def canonical_order(tasks: Iterable[str]) -> list[str]:
@@ -182,10 +185,10 @@ def canonical_order(tasks: Iterable[str]) -> list[str]:
     return sorted(tasks, key=lambda task: order.index(task) if task in order else len(order))
 
 
-def table_notes(rows: Sequence[Row]) -> tuple[str, ...]:
+def table_notes(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[str, ...]:
     """What the columns mean: one line each, and one on the spread where there are seeds."""
     notes = ["Task columns: accuracy in percent after the last stage."]
-    notes += [f"{metric}: {DEFINITIONS[metric]}." for metric in TABLE_METRICS]
+    notes += [f"{metric}: {DEFINITIONS[metric]}." for metric in metrics]
     notes += [
         f"{BASELINE_LABEL}: answers every question with the most frequent training answer to its text, "
         "the picture unseen."

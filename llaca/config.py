@@ -12,6 +12,8 @@ from typing import Literal, get_args, get_origin
 import yaml
 from transformers import HfArgumentParser
 
+from data.benchmark import open_benchmark
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 AVERAGE_FIELDS = ("average", "average_start", "fallback_beta", "beta", "constant", "horizon")
 DEFAULT_RECIPE = CONFIGS / "coin_mini.yaml"
@@ -49,13 +51,20 @@ class ModelConfig:
 class StreamConfig:
     """The benchmark and the order in which its tasks arrive."""
 
-    data_root: str = field(metadata={"help": "folder with cl_dataset/ and Instructions*/ in CoIN's layout"})
-    tasks: list[str] = field(default_factory=list, metadata={"help": "task names in the original order"})
+    data_root: str = field(metadata={"help": "folder of the benchmark: CoIN's layout, or its own benchmark.yaml"})
+    stream: str = field(default="", metadata={"help": "a stream that the benchmark names, as coin8; empty: all tasks"})
+    tasks: list[str] = field(
+        default_factory=list, metadata={"help": "task names in the original order, in place of a stream"}
+    )
     order: Literal["original", "reverse", "alphabet"] = field(
         default="original", metadata={"help": "original, reverse or alphabet"}
     )
     instructions: Literal["original", "diverse", "10type"] = field(
         default="original", metadata={"help": "original, diverse or 10type"}
+    )
+    unchecked: bool = field(
+        default=False,
+        metadata={"help": "train although the check of the data fails; what cannot be used is left out and counted"},
     )
     max_train_samples: int = field(default=0, metadata={"help": "only the first n training records of a task; 0: all"})
     max_new_tokens: int = field(
@@ -289,9 +298,13 @@ def load_recipe(arguments: list[str]) -> Recipe:
         action.required = action.required and action.dest not in values
     parser.set_defaults(**values)
     recipe = Recipe(*parser.parse_args_into_dataclasses(arguments)[: len(SECTIONS)])
+    stream, chosen_tasks = recipe.stream, recipe.stream.tasks
+    stream.tasks = chosen_tasks or open_benchmark(stream.data_root).stream(stream.stream)
     if not recipe.run.run:
         parser.set_defaults(**values)
         usual = Recipe(*parser.parse_args_into_dataclasses([])[: len(SECTIONS)])
+        if not chosen_tasks:  # the stream's name tells them
+            usual.stream.tasks = stream.tasks
         recipe.run.run = run_name(recipe, usual, chosen.smoke)
     return recipe.check()
 

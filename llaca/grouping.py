@@ -27,21 +27,21 @@ IDF_UNSHARED = log(3 / 2) + 1  # smoothed idf of a word in one of two documents;
 INSTRUCTIONS = Path(__file__).parent.parent / "data" / "instructions.json"
 
 
-def instruction_of(task: str, prompt: str) -> str:
+def instruction_of(prompt: str, place: str = "last line") -> str:
     """The instruction within one prompt, the same for a training turn (with `<image>`) and a test text (without).
 
-    ImageNet: the first line; Grounding: the last line up to its first colon; every other task: the last line.
-    Empty lines, the image mark and a trailing period do not count. (The released code takes the whole text of an
-    ImageNet test prompt, which is the same for one-line prompts and misses its group for longer ones.)
-    Raises ValueError if nothing is left.
+    `place`, from the benchmark's description: the "last line", the "first line" (ImageNet), or, of the last line, what
+    stands "before colon" (Grounding). Empty lines, the image mark and a trailing period do not count. (The released
+    code takes the whole text of an ImageNet test prompt, which is the same for one-line prompts and misses its group
+    for longer ones.) Raises ValueError if nothing is left.
     """
     lines = [line for line in map(str.strip, prompt.replace("<image>", "\n").splitlines()) if line]
     if not lines:
-        raise ValueError(f"{task}: no instruction in the prompt {prompt!r}")
-    line = lines[0] if task == "ImageNet" else lines[-1]
-    instruction = (line.split(":")[0] if task == "Grounding" else line).rstrip(" .")
+        raise ValueError(f"no instruction in the prompt {prompt!r}")
+    line = lines[0 if place == "first line" else -1]
+    instruction = (line.split(":")[0] if place == "before colon" else line).rstrip(" .")
     if not instruction:
-        raise ValueError(f"{task}: no instruction in the prompt {prompt!r}")
+        raise ValueError(f"no instruction in the prompt {prompt!r}")
     return instruction
 
 

@@ -147,8 +147,8 @@ def main() -> None:
         if Path(recipe.stream.data_root) == MINI and not is_built(MINI):
             build(MINI)
         stream = recipe.stream
-        counts = check_benchmark(stream.data_root, stream.instructions, stream.tasks)
-        print(f"{sum(map(sum, counts.values())):,} records checked", flush=True)
+        report = check_benchmark(stream.data_root, stream.instructions, stream.tasks, stream.unchecked)
+        print(f"{report.records:,} records checked" if report.ok else report.text(), flush=True)
     except (ValueError, OSError) as error:
         if os.environ.get("LLACA_TRACEBACK"):
             raise

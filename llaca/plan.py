@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from data.layout import train_file
+from data.benchmark import train_file
 from llaca.beta import settings_of
 from llaca.config import Recipe, TrainConfig, load_recipe
 from llaca.ema import BLOCK, kept_of_the_past

@@ -1,13 +1,17 @@
 """The processes of one run: one alone, or those that torchrun or DeepSpeed started."""
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 
 
-def start(zero: str) -> None:
-    """Joins the other processes, if any. Raises ValueError if DeepSpeed is asked for and nobody launched it."""
+def start(zero: str = "none", patience: timedelta = timedelta(minutes=30)) -> None:
+    """Joins the other processes, if any; `patience` is how long one waits for another.
+
+    Raises ValueError if DeepSpeed is asked for and nobody launched it.
+    """
     if zero != "none":
         if "RANK" not in os.environ:
             raise ValueError("DeepSpeed needs a launcher: bash train_continual.sh --launcher torchrun or deepspeed")
@@ -15,12 +19,18 @@ def start(zero: str) -> None:
     cpu = not torch.cuda.is_available()
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    PartialState(cpu=cpu, **({"backend": "gloo"} if cpu and "RANK" in os.environ else {}))
+    several = {"timeout": patience} if "RANK" in os.environ else {}
+    PartialState(cpu=cpu, **several, **({"backend": "gloo"} if cpu and several else {}))
 
 
 def count() -> int:
     """How many processes there are."""
     return PartialState().num_processes
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return PartialState().process_index
 
 
 def first() -> bool:

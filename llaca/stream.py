@@ -25,7 +25,7 @@ from pathlib import Path
 
 import yaml
 
-from data.layout import train_file
+from data.benchmark import train_file
 from llaca.config import Recipe
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "pillow")

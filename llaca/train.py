@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from data.layout import image_root, train_file
+from data.benchmark import image_root, open_benchmark, train_file
+from data.check import is_checked
 from llaca import ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
 from llaca.grouping import THRESHOLDS, Codebook, instruction_of
@@ -27,7 +28,7 @@ from llaca.methods import METHODS
 from llaca.methods.base import Method
 from llaca.pool import Choice, Pool
 from llaca.stream import Stage, die_with_launcher, only_one, open_run, run_folder, stages_of, write_atomically
-from llava.dataset import InstructionDataset, Sample, load_samples
+from llava.dataset import DataError, InstructionDataset, Loaded, Sample, read_samples
 from llava.features import FeatureCache, cache_features, use_features
 from llava.model import (
     adapter_state,
@@ -65,16 +66,24 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def load_stream(recipe: Recipe) -> dict[str, list[Sample]]:
-    """The training records of every task. All are validated before anything is trained (raises DataError)."""
+def load_stream(recipe: Recipe) -> dict[str, Loaded]:
+    """The training records of every task, with what is left out of an unchecked one.
+
+    All are validated before anything is trained (raises DataError); pictures are opened unless data.check has done so.
+    """
     stream, records = recipe.stream, {}
-    for task in tqdm(stream.tasks, desc="check records", leave=False, delay=3, unit="task", disable=not ranks.first()):
-        samples = load_samples(train_file(stream.data_root, stream.instructions, task), image_root(stream.data_root))
-        records[task] = samples[: stream.max_train_samples or None]
+    for task in stream.tasks:
+        path = train_file(stream.data_root, stream.instructions, task)
+        look = not is_checked(stream.data_root, stream.instructions, task)
+        loaded = read_samples(path, image_root(stream.data_root), look)
+        samples = loaded.usable if stream.unchecked else loaded.whole(path)
+        if not samples:
+            raise DataError(path, ["no record can be used"])
+        records[task] = Loaded(samples[: stream.max_train_samples or None], loaded.problems)
     return records
 
 
-def load_student(recipe: Recipe, records: dict[str, list[Sample]], features: FeatureCache | None = None) -> Student:
+def load_student(recipe: Recipe, records: dict[str, Loaded], features: FeatureCache | None = None) -> Student:
     """The base model with fresh LoRA, and the pictures' features, if the recipe reuses them and they are not given."""
     config = recipe.model
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
@@ -82,7 +91,7 @@ def load_student(recipe: Recipe, records: dict[str, list[Sample]], features: Fea
     model, processor = load_base(config.base, dtype, config.attention, config.quantization, device)
     if config.reuse_vision_features:
         if features is None:
-            paths = [sample.image for samples in records.values() for sample in samples if sample.image]
+            paths = [sample.image for loaded in records.values() for sample in loaded.usable if sample.image]
             features = cache_features(model, processor.image_processor, paths)
         use_features(model)
     seed_everything(recipe.run.seed)
@@ -91,17 +100,17 @@ def load_student(recipe: Recipe, records: dict[str, list[Sample]], features: Fea
 
 
 def stage_datasets(
-    recipe: Recipe, stages: list[Stage], records: dict[str, list[Sample]], student: Student
+    recipe: Recipe, stages: list[Stage], records: dict[str, Loaded], student: Student
 ) -> dict[str, InstructionDataset]:
     """The training set of every stage by its name, all tokenised before the first stage is trained."""
     stream, single = recipe.stream, {}
-    for task, samples in records.items():
+    for task, loaded in records.items():
         source = train_file(stream.data_root, stream.instructions, task)
-        single[task] = student.dataset(samples, recipe.for_stage((task,)).max_length, source)
+        single[task] = student.dataset(loaded.usable, recipe.for_stage((task,)).max_length, source)
     return {
         stage.name: single[stage.tasks[0]]
         if len(stage.tasks) == 1
-        else student.dataset([s for t in stage.tasks for s in records[t]], recipe.train.max_length, stage.name)
+        else student.dataset([s for t in stage.tasks for s in records[t].usable], recipe.train.max_length, stage.name)
         for stage in stages
     }
 
@@ -239,7 +248,7 @@ def run(recipe: Recipe) -> Path:
     return folder
 
 
-def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, list[Sample]], method: Method) -> None:
+def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, Loaded], method: Method) -> None:
     """Walks the stream, past the stages that are done."""
     student = load_student(recipe, records)
     features = student.features
@@ -270,14 +279,19 @@ def complete_stage(
     recipe: Recipe,
     stage: Stage,
     dataset: InstructionDataset,
-    records: dict[str, list[Sample]],
+    records: dict[str, Loaded],
     student: Student,
     method: Method,
     pool: Pool,
     bar: tqdm,
 ) -> None:
     """Trains one stage in a folder of its own and gives it its name, with DONE in it, when it is whole."""
-    wordings = {instruction_of(task, sample.turns[0][0]) for task in stage.tasks for sample in records[task]}
+    tasks = open_benchmark(recipe.stream.data_root).tasks
+    wordings = {
+        instruction_of(sample.turns[0][0], tasks[task].instruction)
+        for task in stage.tasks
+        for sample in records[task].usable
+    }
     instructions = sorted(wordings)
     choice = pool.choose(instructions)
     partial = stage.folder.with_name(stage.folder.name + ".partial")
@@ -286,6 +300,7 @@ def complete_stage(
         partial.mkdir(parents=True, exist_ok=True)
     ranks.wait()
     report = train_stage(recipe, stage, dataset, student, method, choice, bar, partial)
+    report["dropped_records"] = sum(len(records[task].problems) for task in stage.tasks)
     pool.put(choice, instructions, "+".join(stage.tasks), stage.name)
     if ranks.first():
         finish(stage, partial, report, pool)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -32,6 +33,27 @@ class DataError(ValueError):
         super().__init__("\n".join([f"{path}: {len(self.problems)} problem(s), nothing was trained", *lines]))
 
 
+class Problem(NamedTuple):
+    """What keeps a record from being used: its number, a kind to count by, and a text with the remedy."""
+
+    record: int
+    kind: str
+    text: str
+
+
+class Loaded(NamedTuple):
+    """A file's usable records, and what is wrong with the others."""
+
+    usable: list
+    problems: list[Problem]
+
+    def whole(self, path: str | Path) -> list:
+        """The records, all of them. Raises DataError if there is a problem."""
+        if self.problems:
+            raise DataError(path, [problem.text for problem in self.problems])
+        return self.usable
+
+
 @dataclass(frozen=True)
 class Sample:
     """One validated training record; `words` is its length in whitespace-separated words, as grouping counts it."""
@@ -47,28 +69,43 @@ class Sample:
 class Question:
     """One validated test record; `text` holds `<image>` where there is a picture, `record` all the file says."""
 
+    index: int
     question_id: str | int
     text: str
     image: Path | None
     record: dict = field(repr=False)
 
 
+def read_samples(path: str | Path, image_root: str | Path, look: bool = True) -> Loaded:
+    """Read a training file. `look`: open every picture; without, see only that it is there.
+
+    Raises DataError for a file that is no list of records; what is wrong with a record is returned.
+    """
+    return _load(path, Path(image_root), "id", _sample, look)
+
+
+def read_questions(path: str | Path, image_root: str | Path, look: bool = True) -> Loaded:
+    """Read a test file as `read_samples` does. A question whose id an earlier one has is not usable."""
+    loaded = _load(path, Path(image_root), "question_id", _question, look)
+    first, questions, problems = {}, [], list(loaded.problems)
+    for question in loaded.usable:
+        earlier = first.setdefault(str(question.question_id), question.index)
+        if earlier == question.index:
+            questions.append(question)
+        else:
+            text = f"record {question.index} (question_id {question.question_id!r}): record {earlier} has this id too"
+            problems.append(Problem(question.index, "duplicate id", text))
+    return Loaded(questions, sorted(problems))
+
+
 def load_samples(path: str | Path, image_root: str | Path) -> list[Sample]:
     """Read and validate a training file. Raises DataError listing what is wrong with which record."""
-    return _load(path, Path(image_root), "id", _sample)
+    return read_samples(path, image_root).whole(path)
 
 
 def load_questions(path: str | Path, image_root: str | Path) -> list[Question]:
     """Read and validate a test file. Raises DataError as `load_samples` does, and for a question id given twice."""
-    questions = _load(path, Path(image_root), "question_id", _question)
-    first, problems = {}, []
-    for index, question in enumerate(questions):
-        earlier = first.setdefault(str(question.question_id), index)
-        if earlier != index:
-            problems.append(f"record {index} (question_id {question.question_id!r}): record {earlier} has this id too")
-    if problems:
-        raise DataError(path, problems)
-    return questions
+    return read_questions(path, image_root).whole(path)
 
 
 class InstructionDataset(Dataset):
@@ -148,24 +185,28 @@ class Collator:
         return batch
 
 
-class _Problem(ValueError):
+class _Fault(ValueError):
     """What is wrong with one record, and the remedy."""
 
+    def __init__(self, text: str, kind: str = "schema"):
+        super().__init__(text)
+        self.kind = kind
 
-def _load(path: str | Path, root: Path, id_key: str, build: Callable[[int, dict, Path | None], object]) -> list:
-    """Return `build(index, record, image)` of every record of a JSON list, all problems collected in one DataError."""
+
+def _load(
+    path: str | Path, root: Path, id_key: str, build: Callable[[int, dict, Path | None], object], look: bool
+) -> Loaded:
+    """Return `build(index, record, image)` of every record of a JSON list."""
     built, problems, checked = [], [], {}
-    for index, record in enumerate(_read_list(path)):
+    for index, record in enumerate(tqdm(_read_list(path), desc=f"read {Path(path).parent.name}", leave=False, delay=3)):
         try:
             if not isinstance(record, dict):
-                raise _Problem("is not an object; see the schema at the top of llava/dataset.py")
-            built.append(build(index, record, _image(record, root, checked)))
-        except _Problem as problem:
+                raise _Fault("is not an object; see the schema at the top of llava/dataset.py")
+            built.append(build(index, record, _image(record, root, checked, look)))
+        except _Fault as fault:
             name = f" ({id_key} {record[id_key]!r})" if isinstance(record, dict) and id_key in record else ""
-            problems.append(f"record {index}{name}: {problem}")
-    if problems:
-        raise DataError(path, problems)
-    return built
+            problems.append(Problem(index, fault.kind, f"record {index}{name}: {fault}"))
+    return Loaded(built, problems)
 
 
 def _read_list(path: str | Path) -> list:
@@ -182,32 +223,34 @@ def _read_list(path: str | Path) -> list:
     return records
 
 
-def _image(record: dict, root: Path, checked: dict[Path, str]) -> Path | None:
+def _image(record: dict, root: Path, checked: dict[Path, tuple[str, str] | None], look: bool) -> Path | None:
     """Return the record's picture, opened once to see that it is one; paths may not lead out of the image root."""
     name = record.get("image")
     if name is None:
         return None
     if not isinstance(name, str) or not name:
-        raise _Problem(f"image is {name!r}; give a path relative to the image root, or leave the key out")
+        raise _Fault(f"image is {name!r}; give a path relative to the image root, or leave the key out")
     relative = os.path.normpath(name)
     if os.path.isabs(relative) or relative.split(os.sep)[0] == os.pardir:
-        raise _Problem(f"image {name!r} leads out of the image root {root}; give a path inside it")
+        raise _Fault(f"image {name!r} leads out of the image root {root}; give a path inside it", "outside root")
     path = root / relative
     if path not in checked:
-        checked[path] = _image_problem(path)
+        checked[path] = _image_fault(path, look)
     if checked[path]:
-        raise _Problem(checked[path])
+        raise _Fault(*checked[path])
     return path
 
 
-def _image_problem(path: Path) -> str:
+def _image_fault(path: Path, look: bool) -> tuple[str, str] | None:
+    """Return what is wrong with a picture, and the kind of it."""
     if not path.is_file():
-        return f"image {path} does not exist; add the file or correct the image root"
+        return f"image {path} does not exist; add the file or correct the image root", "missing image"
     try:
-        verify_image(path)
+        if look:
+            verify_image(path)
     except OSError as error:
-        return f"image {error}"
-    return ""
+        return f"image {error}", "unreadable image"
+    return None
 
 
 def _sample(index: int, record: dict, image: Path | None) -> Sample:
@@ -215,17 +258,17 @@ def _sample(index: int, record: dict, image: Path | None) -> Sample:
     questions, answers = values[::2], values[1::2]
     for number, question in enumerate(questions):
         if not question.strip():
-            raise _Problem(f"question {number + 1} is empty; give the human turn a text")
+            raise _Fault(f"question {number + 1} is empty; give the human turn a text")
     for number, answer in enumerate(answers):
         if not answer.strip():
-            raise _Problem(f"answer {number + 1} is empty; give the gpt turn a text or remove the pair")
+            raise _Fault(f"answer {number + 1} is empty; give the gpt turn a text or remove the pair")
         if IMAGE in answer:
-            raise _Problem(f"answer {number + 1} holds {IMAGE}; only a question can show the picture")
+            raise _Fault(f"answer {number + 1} holds {IMAGE}; only a question can show the picture")
     showing = [number for number, question in enumerate(questions) if IMAGE in question]
     if showing and image is None:
-        raise _Problem(f"question {showing[0] + 1} holds {IMAGE} but there is no image; add one or remove {IMAGE}")
+        raise _Fault(f"question {showing[0] + 1} holds {IMAGE} but there is no image; add one or remove {IMAGE}")
     if len(showing) > 1:
-        raise _Problem(f"{len(showing)} questions hold {IMAGE}; a record has one picture, shown once")
+        raise _Fault(f"{len(showing)} questions hold {IMAGE}; a record has one picture, shown once")
     if image is not None and not showing:
         questions[0] = f"{IMAGE}\n{questions[0]}"
     words = sum(len(value.split()) for value in values)
@@ -236,23 +279,23 @@ def _values(record: dict) -> list[str]:
     """Return the texts of a conversation, of which every second one is an answer."""
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise _Problem("has no conversations; add a list of human and gpt turns")
+        raise _Fault("has no conversations; add a list of human and gpt turns")
     roles = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
     if len(turns) % 2 or any(role != ("human", "gpt")[number % 2] for number, role in enumerate(roles)):
-        raise _Problem(f"roles are {roles}; human and gpt must alternate, human first and gpt last")
+        raise _Fault(f"roles are {roles}; human and gpt must alternate, human first and gpt last")
     values = [turn.get("value") for turn in turns]
     if not all(isinstance(value, str) for value in values):
-        raise _Problem("a turn has no text under 'value'; every value must be a string")
+        raise _Fault("a turn has no text under 'value'; every value must be a string")
     return values
 
 
 def _question(index: int, record: dict, image: Path | None) -> Question:
     question_id, text = record.get("question_id"), record.get("text")
     if isinstance(question_id, bool) or not isinstance(question_id, str | int):
-        raise _Problem("has no question_id; every question needs a string or a whole number of its own")
+        raise _Fault("has no question_id; every question needs a string or a whole number of its own")
     if not isinstance(text, str) or not text.replace(IMAGE, "").strip():
-        raise _Problem("has no text; a question needs one")
+        raise _Fault("has no text; a question needs one")
     # ScienceQA's files mark the place of a picture in the text even where the record has none.
     if IMAGE in text:
         text = text.replace(IMAGE, "").strip()
-    return Question(question_id, f"{IMAGE}\n{text}" if image else text, image, record)
+    return Question(index, question_id, f"{IMAGE}\n{text}" if image else text, image, record)

@@ -22,9 +22,20 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def verify_image(path: str | Path) -> None:
-    """Check that `path` is a picture without decoding its pixels. Raises OSError naming the file if it is not."""
+    """Check that `path` is a whole picture. Raises OSError naming the file if it is not.
+
+    Pixels are decoded only where nothing else tells whether the file was cut short: a PNG has checksums, and a JPEG
+    ends in a mark.
+    """
     with _opened(path) as image:
-        image.verify()
+        whole = image.format == "PNG" or (image.format == "JPEG" and _ends_in_mark(path))
+        image.verify() if whole else image.load()
+
+
+def _ends_in_mark(path: str | Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-2, 2)
+        return file.read() == b"\xff\xd9"
 
 
 @contextmanager

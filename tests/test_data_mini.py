@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from data.layout import INSTRUCTION_FOLDERS
+from data.benchmark import open_benchmark
 from data.mini import ask, build, corpus, scenes, world
 from data.mini.tasks import TASKS, box_text
 
@@ -125,10 +125,10 @@ def test_the_pretraining_corpus_has_no_instruction_and_no_answer_format_of_the_t
 
 
 def test_layout_and_schema(small):
-    for which, folder in INSTRUCTION_FOLDERS.items():
+    for which, folder in open_benchmark(small).instructions.items():
         for task in TASKS:
             directory = small / folder / task
-            evaluated = build.EVALUATED.get(task, "test")
+            evaluated = "val" if task in ("TextVQA", "VizWiz", "VQAv2") else "test"
             assert sorted(p.stem for p in directory.iterdir()) == sorted(["train", "dev", evaluated])
             train = json.loads((directory / "train.json").read_text())
             assert len(train) == 12

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.metrics import check_matrix, summarise
+from eval.metrics import check_matrix, forward_transfer, summarise
 
 PAPER = Path(__file__).parents[1] / "eval" / "paper" / "table1_llava7b.csv"
 NAN = float("nan")
@@ -62,6 +62,25 @@ def test_single_row_has_no_stages():
     }
 
 
+def test_a_figure_that_lacks_a_cell_is_none():
+    last = np.array([[NAN, NAN, NAN], [NAN, NAN, NAN], [50, 66, 70]], dtype=float)
+    figures = summarise(last, ["a", "b", "c"])
+    assert figures["Avg.ACC"] == pytest.approx(62)
+    assert [figures[key] for key in ("Forgetting", "New.ACC", "MAA", "BWT")] == [None] * 4
+    np.fill_diagonal(last, [80, 60, 70])
+    figures = summarise(last, ["a", "b", "c"])
+    assert (figures["New.ACC"], figures["BWT"]) == (pytest.approx(70), pytest.approx(-8))
+    assert figures["Forgetting"] is None and figures["MAA"] is None, "stage 2 was not evaluated on task 1"
+    gap = np.array([[80, NAN], [NAN, 66]], dtype=float)
+    assert summarise(gap, ["a", "b"])["per_task"] == {"a": None, "b": 66}
+    assert summarise(gap, ["a", "b"])["Avg.ACC"] is None
+
+
+def test_forward_transfer_by_hand():
+    full = np.array([[80, 20, 5], [85, 60, 35], [50, 66, 70]], dtype=float)
+    assert forward_transfer(full, np.array([1.0, 10, 20])) == pytest.approx(((20 - 10) + (35 - 20)) / 2)
+
+
 def test_input_is_left_alone():
     A = np.array([[80, NAN], [50, 66]], dtype=float)
     before = A.copy()
@@ -72,14 +91,13 @@ def test_input_is_left_alone():
 @pytest.mark.parametrize(
     ("A", "message"),
     [
-        ([[80, NAN], [NAN, 66]], "stage 2, task 1 is missing"),
+        ([[NAN, NAN], [NAN, NAN]], "no cell has a value"),
         ([[80, 3], [50, 66]], "stage 1, task 2 lies above the diagonal"),
-        ([[80, NAN]], "stage 1, task 2 is missing"),
         ([[0.8, NAN, NAN], [0.5, 0.6, NAN]], "shape"),
         ([[80, NAN], [50, 166]], "percent"),
     ],
 )
-def test_incomplete_matrices_are_refused(A, message):
+def test_matrices_that_are_none_are_refused(A, message):
     with pytest.raises(ValueError, match=message):
         check_matrix(np.array(A, dtype=float))
 

@@ -10,7 +10,7 @@ import pytest
 
 from eval.score import legacy_accuracy, main, majority_answers, majority_baseline, read_answers, score_task
 from eval.tasks import TASKS
-from eval.tasks.scienceqa import legacy_option
+from eval.tasks.choice import legacy_option
 
 GOLDEN = Path(__file__).parent / "golden" / "scores"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())

@@ -54,10 +54,10 @@ def test_matrix_file_layout_and_round_trip(tmp_path):
     assert (stages, tasks) == (["01-TextVQA", "02-ScienceQA"], ORDER)
 
 
-def test_matrix_file_with_a_hole_is_named(tmp_path):
+def test_matrix_file_with_a_value_above_the_diagonal_is_named(tmp_path):
     path = tmp_path / "matrix.csv"
-    path.write_text("stage,TextVQA,ScienceQA\n1,42.8,\n2,,60.4\n")
-    with pytest.raises(ValueError, match=r"matrix\.csv: .*stage 2, task 1 is missing"):
+    path.write_text("stage,TextVQA,ScienceQA\n1,42.8,3\n2,,60.4\n")
+    with pytest.raises(ValueError, match=r"matrix\.csv: .*stage 1, task 2 lies above the diagonal"):
         read_matrix(path)
 
 

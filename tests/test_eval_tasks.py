@@ -8,9 +8,9 @@ import pytest
 
 from eval.tasks import TASKS
 from eval.tasks.base import Answer
+from eval.tasks.choice import Problem
 from eval.tasks.gqa import Question
 from eval.tasks.grounding import Region, exact_box, intersection_over_union, legacy_box, loose_box
-from eval.tasks.scienceqa import Problem
 from eval.tasks.words import consensus, forgiving, normalise
 
 GOLDEN = Path(__file__).parent / "golden" / "scores"
@@ -216,7 +216,7 @@ def test_the_eight_tasks_in_the_papers_order():
     orders = json.loads((Path(__file__).parents[1] / "data" / "instructions.json").read_text())["orders"]
     assert list(TASKS) == orders["original"]
     assert [task.name for task in TASKS.values()] == list(TASKS)
-    evaluated = {name: task.eval_file for name, task in TASKS.items()}
+    evaluated = {name: task.spec.test for name, task in TASKS.items()}
     assert {name for name, file in evaluated.items() if file == "val.json"} == {"TextVQA", "VizWiz", "VQAv2"}
 
 
@@ -270,7 +270,7 @@ def test_dev_references_lie_beside_the_test_ones(tmp_path):
 )
 def test_broken_records_are_named(tmp_path, task, record, message):
     good = {"question_id": "0", "text": "q", "answer": "x", "answer_bbox": "[0, 0, 1, 1]"}
-    write(tmp_path / "Instructions" / task / TASKS[task].eval_file, [good, record])
+    write(tmp_path / "Instructions" / task / TASKS[task].spec.test, [good, record])
     with pytest.raises(ValueError, match=message):
         TASKS[task].load_references(tmp_path)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from eval.tasks import TASKS
 from llaca.grouping import (
     THRESHOLDS,
     Codebook,
@@ -212,13 +213,13 @@ GROUND = "Please provide the bounding box coordinate of the region this sentence
     ],
 )
 def test_instruction_of_a_prompt(task, prompt, expected):
-    assert instruction_of(task, prompt) == expected
+    assert instruction_of(prompt, TASKS[task].spec.instruction) == expected
 
 
 @pytest.mark.parametrize(("task", "prompt"), [("VQAv2", "<image>\n"), ("Grounding", ": the dog"), ("GQA", ".")])
 def test_prompt_without_instruction(task, prompt):
-    with pytest.raises(ValueError, match=f"{task}: no instruction in the prompt"):
-        instruction_of(task, prompt)
+    with pytest.raises(ValueError, match="no instruction in the prompt"):
+        instruction_of(prompt, TASKS[task].spec.instruction)
 
 
 @pytest.mark.parametrize("kind", THRESHOLDS)

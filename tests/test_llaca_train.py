@@ -271,7 +271,7 @@ def test_a_broken_record_of_the_last_task_stops_before_the_first_is_trained(argu
 
 
 def test_an_unknown_task_is_named(arguments):
-    with pytest.raises(FileNotFoundError, match="no folder Cooking"):
+    with pytest.raises(ValueError, match="'Cooking' is not known"):
         run(load_recipe([*arguments, "--method", "lora", "--tasks", "GQA", "Cooking"]))
 
 

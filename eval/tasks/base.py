@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.layout import task_folder
-from eval.tasks.words import ANNOTATORS, consensus, forgiving, lenient_consensus, same
+from data.benchmark import Benchmark, TaskSpec, image_root, task_folder
+from eval.tasks.words import ANNOTATORS, consensus, forgiving, is_phrase, lenient_consensus, same
 
+Root = Path | str | Benchmark
 MODES = ("official", "legacy", "lenient")
 SPLITS = ("test", "dev")
 
@@ -64,28 +65,32 @@ def printed(share: float) -> float:
 class Task(ABC):
     """One task: subclasses say how references are loaded and how an answer is scored against one."""
 
-    name: str
-    eval_file = "test.json"  # CoIN's name for the evaluated file; some tasks have val.json
-    max_new_tokens = 128  # as in the released evaluation programs
     legacy_missing: float | None = None  # most released evaluators do not notice a missing answer
+
+    def __init__(self, spec: TaskSpec):
+        self.spec, self.name = spec, spec.name
 
     # --- where things lie ---
 
-    def folder(self, data_root: Path | str, instructions: str = "original") -> Path:
-        """The task's folder below the instruction set; raises as `data.layout.task_folder` does."""
+    def folder(self, data_root: Root, instructions: str = "original") -> Path:
+        """The task's folder below the instruction set; raises as `Benchmark.folder` does."""
         return task_folder(data_root, instructions, self.name)
 
-    def question_file(self, data_root: Path | str, instructions: str = "original", split: str = "test") -> Path:
-        """The file with the questions of `split`: dev.json, or CoIN's test.json / val.json."""
-        name = "dev.json" if one_of(split, SPLITS, "split") == "dev" else self.eval_file
+    def question_file(self, data_root: Root, instructions: str = "original", split: str = "test") -> Path:
+        """The file with the questions of `split`, dev or the one that is evaluated."""
+        name = self.spec.dev if one_of(split, SPLITS, "split") == "dev" else self.spec.test
         return self.folder(data_root, instructions) / name
 
-    def train_file(self, data_root: Path | str, instructions: str = "original") -> Path:
+    def train_file(self, data_root: Root, instructions: str = "original") -> Path:
         """The task's training file."""
-        return self.folder(data_root, instructions) / "train.json"
+        return self.folder(data_root, instructions) / self.spec.train
+
+    def annotation(self, data_root: Root, name: str) -> Path:
+        """An official annotation file of the task, which lies with its pictures."""
+        return image_root(data_root) / self.spec.folders[0] / name
 
     def load_questions(
-        self, data_root: Path | str, instructions: str = "original", split: str = "test"
+        self, data_root: Root, instructions: str = "original", split: str = "test"
     ) -> dict[str, dict[str, Any]]:
         """The question file's records by question id (as text), in file order; ValueError names a bad one."""
         path = self.question_file(data_root, instructions, split)
@@ -102,9 +107,7 @@ class Task(ABC):
     # --- what a subclass says ---
 
     @abstractmethod
-    def load_references(
-        self, data_root: Path | str, instructions: str = "original", split: str = "test"
-    ) -> dict[str, Any]:
+    def load_references(self, data_root: Root, instructions: str = "original", split: str = "test") -> dict[str, Any]:
         """References by question id (as text), in file order."""
 
     @abstractmethod
@@ -195,8 +198,10 @@ class OpenQuestionTask(Task):
     official: VQA consensus with ten answers, else the whole answer compared without regard to case.
     """
 
+    max_words = 15  # of an answer in the form that is asked for
+
     def load_references(
-        self, data_root: Path | str, instructions: str = "original", split: str = "test"
+        self, data_root: Root, instructions: str = "original", split: str = "test"
     ) -> dict[str, Answer]:
         path = self.question_file(data_root, instructions, split)
         references = {}
@@ -218,6 +223,9 @@ class OpenQuestionTask(Task):
         if reference.annotators:
             return lenient_consensus(text, reference.annotators)
         return float(forgiving(text, reference.answer))
+
+    def has_form(self, text: str, reference: Answer) -> bool:
+        return is_phrase(text, self.max_words)
 
 
 def annotator_answers(record: Mapping[str, Any], where: str) -> tuple[str, ...]:

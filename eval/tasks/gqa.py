@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from eval.tasks.base import Task, field, last_answers_by_id, one_of, printed, read_json
+from eval.tasks.base import Root, Task, field, last_answers_by_id, one_of, printed, read_json
 from eval.tasks.words import forgiving, is_phrase
 
 _ANNOTATIONS = {"test": "testdev_balanced_questions.json", "dev": "dev_balanced_questions.json"}
@@ -28,12 +27,10 @@ class Question:
 class GQA(Task):
     """References: GQA's own question file, a dictionary by question id; only balanced questions count."""
 
-    name = "GQA"
-
     def load_references(
-        self, data_root: Path | str, instructions: str = "original", split: str = "test"
+        self, data_root: Root, instructions: str = "original", split: str = "test"
     ) -> dict[str, Question]:
-        path = Path(data_root) / "cl_dataset" / "GQA" / _ANNOTATIONS[one_of(split, _ANNOTATIONS, "split")]
+        path = self.annotation(data_root, _ANNOTATIONS[one_of(split, _ANNOTATIONS, "split")])
         references = {}
         for question_id, record in read_json(path, dict).items():
             where = f"{path}, question {question_id}"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
-from eval.tasks.base import Task, field
+from eval.tasks.base import Root, Task, field
 
 Box = tuple[float, float, float, float]
 
@@ -30,11 +29,8 @@ class Region:
 class Grounding(Task):
     """Right if the intersection over union with the reference is greater than 0.5."""
 
-    name = "Grounding"
-    max_new_tokens = 1024
-
     def load_references(
-        self, data_root: Path | str, instructions: str = "original", split: str = "test"
+        self, data_root: Root, instructions: str = "original", split: str = "test"
     ) -> dict[str, Region]:
         path = self.question_file(data_root, instructions, split)
         references = {}

@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.tasks.base import Answer, OpenQuestionTask
-from eval.tasks.words import is_phrase
 
 
 class ImageNet(OpenQuestionTask):
     """An object's name, without regard to case."""
 
-    name = "ImageNet"
-    max_new_tokens = 1024
+    max_words = 5
 
     def legacy(self, text: str, reference: Answer) -> float:
         """Right if either is part of the other: so is the empty answer, and "cat" for a catamaran."""
@@ -25,6 +23,3 @@ class ImageNet(OpenQuestionTask):
             raise ValueError(f"{self.name}: {len(rows)} answers to {len(references)} questions; wrong split or data?")
         pairs = zip(rows, references.values(), strict=False)
         return [self.legacy(row["text"], reference) for row, reference in pairs]
-
-    def has_form(self, text: str, reference: Answer) -> bool:
-        return is_phrase(text, max_words=5)

@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.tasks.base import Answer, OpenQuestionTask
-from eval.tasks.words import is_phrase
 
 
 class OCRVQA(OpenQuestionTask):
-    """A phrase from a book's cover, without regard to case."""
-
-    name = "OCR-VQA"
+    """A phrase from a book's cover, without regard to case; titles and subtitles are long."""
 
     def legacy(self, text: str, reference: Answer) -> float:
         """Whatever mentions "Unanswerable" is wrong, even if the reference says so."""
@@ -26,7 +23,3 @@ class OCRVQA(OpenQuestionTask):
     ) -> dict[str, float]:
         """The released evaluator prints the length of a list it never fills as the number of samples."""
         return super().legacy_report(rows, scores, references) | {"Samples": 0}
-
-    def has_form(self, text: str, reference: Answer) -> bool:
-        """Titles and subtitles are long."""
-        return is_phrase(text, max_words=15)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from eval.tasks.base import Answer, OpenQuestionTask, annotator_answers, field, one_of, read_json
-from eval.tasks.words import consensus, is_phrase
+from eval.tasks.base import Answer, OpenQuestionTask, Root, annotator_answers, field, one_of, read_json
+from eval.tasks.words import consensus
 
 _ANNOTATIONS = {"test": "TextVQA_0.5.1_val.json", "dev": "TextVQA_0.5.1_dev.json"}
 
@@ -13,13 +11,12 @@ _ANNOTATIONS = {"test": "TextVQA_0.5.1_val.json", "dev": "TextVQA_0.5.1_dev.json
 class TextVQA(OpenQuestionTask):
     """References: the benchmark's annotation file; the question file's single answer is not used."""
 
-    name = "TextVQA"
-    eval_file = "val.json"
+    max_words = 5
 
     def load_references(
-        self, data_root: Path | str, instructions: str = "original", split: str = "test"
+        self, data_root: Root, instructions: str = "original", split: str = "test"
     ) -> dict[str, Answer]:
-        path = Path(data_root) / "cl_dataset" / "TextVQA" / _ANNOTATIONS[one_of(split, _ANNOTATIONS, "split")]
+        path = self.annotation(data_root, _ANNOTATIONS[one_of(split, _ANNOTATIONS, "split")])
         references: dict[str, Answer] = {}
         for position, record in enumerate(field(read_json(path, dict), "data", list, str(path))):
             where = f"{path}, record {position}"
@@ -32,6 +29,3 @@ class TextVQA(OpenQuestionTask):
 
     def legacy(self, text: str, reference: Answer) -> float:
         return consensus(text, reference.annotators)
-
-    def has_form(self, text: str, reference: Answer) -> bool:
-        return is_phrase(text, max_words=5)

@@ -1,0 +1,177 @@
+"""Answer files: batches, processes and kills change no answer; cells, parts and what is wrong with them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data.mini import build
+from eval.metrics import forward_transfer
+from eval.predict import BASE, answer_share, merge_parts, open_run
+from eval.report import main as report
+from llaca.config import load_recipe
+from llaca.train import run
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_base):
+    """A folder with a run of three stages, in two groups, of a random base."""
+    folder = tmp_path_factory.mktemp("predict")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "SIZES", {"train": 16, "dev": 4, "test": 7})
+        build.build(folder / "mini")
+    line = ["--base", str(tiny_base), "--data-root", str(folder / "mini"), "--tasks", "ScienceQA", "TextVQA", "GQA"]
+    line += ["--lora_rank", "4", "--max_new_tokens", "4", "--epochs", "1", "--runs-dir", str(folder / "runs")]
+    run(load_recipe([*line, "--method", "llaca", "--learning_rate", "1e-2", "--run", "r"]))
+    return folder / "runs"
+
+
+def copy_of(runs: Path, tmp_path: Path) -> Path:
+    subprocess.run(["cp", "-r", str(runs / "r"), str(tmp_path / "r")], check=True)
+    return tmp_path / "r"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("answers/**/*"))
+            if path.is_file()}  # fmt: skip
+
+
+def predict(runs: Path, processes: int, name: str = "r", *flags: str) -> list[str]:
+    """The command of several processes that answer a run."""
+    start = [*TORCHRUN, str(processes), "-m", "--"] if processes > 1 else [sys.executable, "-m"]
+    return [*start, "eval.predict", "--runs-dir", str(runs), "--run", name, *flags]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_shares_make_the_same_files(trained, tmp_path, world):
+    folder = copy_of(trained, tmp_path)
+    for rank in reversed(range(world)):  # whoever comes first
+        answer_share([open_run(folder)], rank, world, 4)
+    merge_parts([open_run(folder)])
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    single = copy_of(trained, whole)
+    answer_share([open_run(single)], 0, 1, 1)
+    merge_parts([open_run(single)])
+    assert files(folder) == files(single)
+    assert [path for path in files(folder) if ".part" in path] == []
+    asked = json.loads((trained.parent / "mini/Instructions/GQA/test.json").read_text())
+    rows = [json.loads(line) for line in (folder / "answers/03-GQA/GQA.jsonl").read_text().splitlines()]
+    assert [row["question_id"] for row in rows] == [record["question_id"] for record in asked]
+
+
+def test_a_killed_share_goes_on_with_another_number_of_processes(trained, tmp_path):
+    folder = copy_of(trained, tmp_path)
+    answer_share([open_run(folder)], 0, 2, 1)  # the other process never came
+    [part] = folder.glob("answers/03-GQA/GQA.jsonl.part-*")
+    kept = part.read_bytes()
+    part.write_bytes(kept[: len(kept) // 2])  # killed in the middle of a line
+    left = part.read_bytes().count(b"\n")
+    assert 0 < left < kept.count(b"\n")
+    with pytest.raises(ValueError, match=r"ScienceQA\.jsonl: of 7 questions 3 have no answer"):
+        merge_parts([open_run(folder)])
+    for rank in range(3):
+        answer_share([open_run(folder)], rank, 3, 2)
+    rows = [
+        json.loads(line) for p in folder.glob("answers/03-GQA/GQA.jsonl.part-*") for line in p.read_text().splitlines()
+    ]
+    assert len(rows) == len({row["question_id"] for row in rows}) == 7, "what was answered is not answered again"
+    merge_parts([open_run(folder)])
+    again = tmp_path / "again"
+    again.mkdir()
+    whole = copy_of(trained, again)
+    answer_share([open_run(whole)], 0, 1, 4)
+    merge_parts([open_run(whole)])
+    assert files(folder) == files(whole)
+
+
+def test_doubled_and_unknown_answers_are_named(trained, tmp_path):
+    folder = copy_of(trained, tmp_path)
+    answer_share([open_run(folder)], 0, 1, 4)
+    part = folder / "answers/03-GQA/GQA.jsonl.part-0"
+    first = part.read_text().splitlines()[0]
+    part.with_name("GQA.jsonl.part-1").write_text(first + "\n")
+    with pytest.raises(ValueError, match=r"GQA\.jsonl: of 7 questions 0 have no answer \(\), 1 have two \(GQA-"):
+        merge_parts([open_run(folder)])
+    part.with_name("GQA.jsonl.part-1").write_text(first.replace("GQA-", "Cooking-") + "\n")
+    with pytest.raises(ValueError, match="1 are unknown \\(Cooking-"):
+        merge_parts([open_run(folder)])
+
+
+def test_which_cells_are_answered(trained, tmp_path):
+    def rows(cells):
+        return [(stage, sorted(row)) for stage, row in open_run(trained / "r", cells=cells).rows]
+
+    science, text, gqa = "01-ScienceQA", "02-TextVQA", "03-GQA"
+    everything = ["GQA", "ScienceQA", "TextVQA"]
+    assert rows("final") == [(science, []), (text, []), (gqa, everything)]
+    assert rows("diagonal") == [(science, ["ScienceQA"]), (text, ["TextVQA"]), (gqa, everything)]
+    assert rows("triangle") == [(science, ["ScienceQA"]), (text, ["ScienceQA", "TextVQA"]), (gqa, everything)]
+    assert rows("full") == [(stage, everything) for stage in (BASE, science, text, gqa)]
+
+
+def test_full_cells_give_the_zero_shot_row_and_fwt(trained, tmp_path, capsys):
+    folder = copy_of(trained, tmp_path)
+    report(["--runs-dir", str(tmp_path), "--cells", "full"])
+    assert "FWT" in capsys.readouterr().out
+    whole = pd.read_csv(folder / "matrix_full.csv", index_col="stage")
+    assert list(whole.index) == [BASE, "01-ScienceQA", "02-TextVQA", "03-GQA"] and not whole.isna().any().any()
+    triangle = pd.read_csv(folder / "matrix.csv", index_col="stage")
+    expected = whole.iloc[1:].where(np.tri(3, dtype=bool))
+    pd.testing.assert_frame_equal(triangle, expected)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    by_hand = (whole.loc["01-ScienceQA", "TextVQA"] - whole.loc[BASE, "TextVQA"]) / 2
+    by_hand += (whole.loc["02-TextVQA", "GQA"] - whole.loc[BASE, "GQA"]) / 2
+    assert metrics["FWT"] == pytest.approx(by_hand)
+    assert metrics["FWT"] == pytest.approx(forward_transfer(whole.iloc[1:].to_numpy(), whole.loc[BASE].to_numpy()))
+    report(["--runs-dir", str(tmp_path), "--cells", "final"])
+    assert json.loads((folder / "metrics.json").read_text())["New.ACC"] is None
+
+
+@pytest.mark.slow
+def test_batches_processes_and_kills_change_no_answer_of_coin_mini(tmp_path):
+    """All eight test sets, the shipped base: one at a time against batches, two processes, and a kill in the middle."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "SIZES", {"train": 8, "dev": 4, "test": 250})
+        build.build(tmp_path / "mini")
+    runs, environment = tmp_path / "runs", {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for name in ("single", "batched", "two", "killed"):
+        line = [
+            "--method",
+            "zero_shot",
+            "--data-root",
+            str(tmp_path / "mini"),
+            "--base",
+            str(ROOT / "checkpoints/tiny-llava"),
+        ]
+        run(load_recipe([*line, "--runs-dir", str(runs), "--run", name]))
+
+    def go(line):
+        subprocess.run(line, check=True, capture_output=True, env=environment, cwd=ROOT)
+
+    go(predict(runs, 2, "single", "--batch-size", "1"))
+    go(predict(runs, 1, "batched"))
+    go(predict(runs, 2, "two"))
+    process = subprocess.Popen(
+        predict(runs, 1, "killed"), env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while len(list((runs / "killed").rglob("*.part-0"))) < 3 and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert list((runs / "killed").rglob("*.part-0")) and not list((runs / "killed").rglob("*.jsonl"))
+    go(predict(runs, 2, "killed"))
+    single = files(runs / "single")
+    assert len(single) == 8 and sum(content.count(b"\n") for content in single.values()) == 2000
+    assert len({json.loads(line)["text"] for content in single.values() for line in content.splitlines()}) > 100
+    for name in ("batched", "two", "killed"):
+        assert files(runs / name) == single, name
