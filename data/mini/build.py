@@ -22,18 +22,12 @@ from tqdm import tqdm
 from data.benchmark import COIN
 from data.mini.tasks import TASKS, Sample
 from data.mini.world import draw
+from data.prepare.write import prompts
 
 INSTRUCTIONS = Path(__file__).parents[1] / "instructions.json"
 LAYOUT = yaml.safe_load(COIN.read_text(encoding="utf-8"))  # CoIN-mini has CoIN's
 SIZES = {"train": 1500, "dev": 200, "test": 250}
 VERSION = 2  # of the benchmark's content: a folder of another version is made anew
-
-
-def prompt(task: str, question: str, instruction: str) -> str:
-    """The first human turn without its image token."""
-    if task == "ImageNet":
-        return instruction
-    return f"{instruction}: {question}" if task == "Grounding" else f"{question}\n{instruction}"
 
 
 class Writer:
@@ -74,7 +68,7 @@ class Writer:
             record["image"] = name
         self.annotations[split].append((identity, sample))
         for which, wordings in self.instructions.items():
-            first = prompt(self.task, sample.turns[0][0], self.wording.choice(wordings))
+            [first] = prompts(self.task, [sample.turns[0][0]], self.wording.choice(wordings))
             self.records[which][split].append(self.record(split, record, sample, first))
 
     def record(self, split: str, record: dict, sample: Sample, first: str) -> dict:
