@@ -8,8 +8,9 @@ The first compares, on this machine and with the threads that OMP_NUM_THREADS al
     ours    one step of llaca.ema.DynamicAverage
     naive   a loop over the tensors with deep copies of weight and gradient and the norms brought to the host one by
             one, which is how the released code goes about it
-    floor   a pass that does nothing but read and write the bytes that a step has to: theta, theta*, g and g_{t-1} read
-            and g_{t-1} written for the norms, theta and theta* read and theta* written once beta is known
+    floor   a pass that does nothing but read and write the bytes that a step has to: theta, theta*, g and what the rule
+            keeps of the past read and the latter written for the norms, theta and theta* read and theta* written once
+            beta is known
 """
 
 import argparse
@@ -23,8 +24,9 @@ from pathlib import Path
 
 import torch
 
+from llaca.beta import settings_of
 from llaca.config import load_recipe
-from llaca.ema import DynamicAverage
+from llaca.ema import DynamicAverage, kept_of_the_past
 from llaca.train import run
 
 
@@ -82,12 +84,15 @@ def compare(average: str, layers: int, repeats: int) -> dict[str, float]:
     found["naive"] = seconds(lambda: naive_step(star, theta, g, past), train, repeats)
     past.clear()
 
-    def floor():
-        torch._foreach_addcmul_(star, theta, g, value=1e-9)  # reads three, writes one
+    kept = len(kept_of_the_past(settings_of(average, {})["variant"]))
+
+    def floor():  # addcmul reads three and writes one, copy reads and writes one
         torch._foreach_addcmul_(star, theta, g, value=1e-9)
+        for _ in range(1 + kept):
+            torch._foreach_copy_(star, theta)
 
     found["floor"] = seconds(floor, train, repeats)
-    moved = 8 * 4 * total
+    moved = (6 + 2 * kept) * 4 * total
     for name, value in found.items():
         print(f"{name:6s}{value:8.3f} s a step   {value / found['ours']:6.2f} x ours   {moved / value / 1e9:6.1f} GB/s")
     return found

@@ -118,7 +118,7 @@ def longest(recipe, base: Path) -> int:
     """Tokens of the longest record that is trained on, its picture included."""
     config = LlavaConfig.from_pretrained(base)
     processor = load_processor(base, config)
-    samples = [sample for records in load_stream(recipe).values() for sample in records]
+    samples = [sample for loaded in load_stream(recipe).values() for sample in loaded.usable]
     dataset = InstructionDataset(samples, processor, image_tokens(config), recipe.train.max_length)
     return max(len(dataset[number]["input_ids"]) for number in range(len(dataset)))
 
