@@ -18,7 +18,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,7 @@ from llaca.stream import Stage, ordered, stages_of, write_atomically
 from llava.dataset import Question, read_questions
 from llava.features import FeatureCache, cache_features, use_features
 from llava.generate import answer_batches, encode_questions
-from llava.model import attach_lora, load_adapter, load_base
+from llava.model import load_adapter, load_base
 
 BASE = "base"  # stands for the base model, before any stage
 CELLS = ("final", "diagonal", "triangle", "full")
@@ -111,7 +111,7 @@ class Run:
                     continue
                 if self.cells == "final" and not last:
                     continue
-                row[task], matched = pool.holder_for(wordings[task])
+                row[task], matched = pool.holder_for(wordings[task], task)
                 if not matched and task in seen and ranks.first():
                     print(f"{self.name}, {stage.name}: {task} matches no group; the nearest, {row[task]}, answers")
             rows.append((stage.name, row))
@@ -167,13 +167,14 @@ class Answerer:
         return self._ids[task]
 
     def model(self, run: Run, holder: str) -> torch.nn.Module:
-        """The base, or a copy of it with a stage's LoRA merged in, unless it is quantized, and its projector."""
+        """The base, or a copy of it with a stage's adapter, merged where that can be done."""
         if holder == BASE:
             return self.base
         config = run.recipe.model
-        model = attach_lora(copy.deepcopy(self.base), config.lora_rank, config.lora_alpha, 0.0)
+        method = METHODS[run.recipe.method.method](run.recipe.method)
+        model = method.attach(copy.deepcopy(self.base), replace(config, lora_dropout=0.0))
         load_adapter(model, run.folder / "stages" / holder / "adapter")
-        return model.merge_and_unload() if config.quantization == "none" else model
+        return model.merge_and_unload() if method.mergeable and config.quantization == "none" else model
 
 
 def answer_share(runs: Sequence[Run], rank: int, world: int, batch_size: int) -> None:

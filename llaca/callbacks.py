@@ -19,14 +19,14 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from llaca import ranks
-from llaca.engine import layout_of, zero_stage
+from llaca.engine import coming_gradients, layout_of, show_model, zero_stage
 from llava.model import trainable_parameters
 from llava.trainer import LlavaTrainer
 
 
 class Tap(TrainerCallback):
     """Calls `method.before_task(shards, matched, steps)` when training begins and, while `method.watches`,
-    `method.after_step(shards)` once per optimizer step.
+    `method.after_backward(shards)` and `method.after_step(shards)` once per optimizer step.
 
     start: the full float32 weights that training starts from, where the engine may have rounded them; None where a
         checkpoint holds them.
@@ -51,6 +51,8 @@ class Tap(TrainerCallback):
         self.layout, self.stage = layout_of(trainer), zero_stage(trainer)
         if self.stage == 0 and self.seen == "unclipped" and args.max_grad_norm > 0:
             raise ValueError("ZeRO 0 clips without telling by how much; use DDP, which is the same computation")
+        if self.method.edits_gradients and args.max_grad_norm > 0:
+            raise ValueError("this method changes gradients, and engines clip them at different times: max_grad_norm 0")
         if self.start is not None:
             self.layout.write(self.start)
             self.start = None
@@ -104,6 +106,8 @@ class Tap(TrainerCallback):
         if missing:
             now = self.trainer.state.global_step + 1
             raise RuntimeError(f"no gradient before the optimizer step for {missing}: {self._state(now)}")
+        if self.method.edits_gradients and not self._stepped:  # the first call of this step
+            self.method.after_backward(coming_gradients(self.trainer, self.layout))
 
     def _after(self, optimizer, args, kwargs) -> None:
         self._stepped |= {id(tensor): tensor.grad for group in optimizer.param_groups for tensor in group["params"]}
@@ -115,6 +119,8 @@ class Tap(TrainerCallback):
         self._stepped = {}
         self._shown += 1
         self.method.after_step(shards)
+        if self.method.edits_weights:
+            show_model(self.trainer, self.layout)
 
     def _clipped_by(self) -> Tensor:
         trainer = self.trainer

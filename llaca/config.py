@@ -16,6 +16,8 @@ from data.benchmark import open_benchmark
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 AVERAGE_FIELDS = ("average", "average_start", "fallback_beta", "beta", "constant", "horizon")
+METHOD_FIELDS = (*AVERAGE_FIELDS, "penalty", "consolidation", "temperature", "memory_records", "estimate_records",
+                 "merge_weight", "keep_share", "experts", "energy")  # fmt: skip
 DEFAULT_RECIPE = CONFIGS / "coin_mini.yaml"
 
 
@@ -142,6 +144,23 @@ class MethodConfig:
     )
     beta: float | None = field(default=None, metadata={"help": "beta of the rule 'fixed'"})
     constant: float | None = field(default=None, metadata={"help": "constant of the rules of the released codes"})
+    penalty: float | None = field(
+        default=None, metadata={"help": "weight of the term that EWC (lambda) or LwF adds to the loss"}
+    )
+    consolidation: Literal["online", "per_task"] | None = field(
+        default=None, metadata={"help": "EWC: one anchor, the last weights, or one for every task"}
+    )
+    temperature: float | None = field(default=None, metadata={"help": "of LwF's softmax"})
+    memory_records: int | None = field(
+        default=None, metadata={"help": "records of each earlier task that replay and A-GEM keep"}
+    )
+    estimate_records: int | None = field(
+        default=None, metadata={"help": "records that a method estimates from after a stage: Fisher, features"}
+    )
+    merge_weight: float | None = field(default=None, metadata={"help": "of the new weights in CoMA and CoFiMA"})
+    keep_share: float | None = field(default=None, metadata={"help": "of the weights that Model Tailor keeps tuned"})
+    experts: int | None = field(default=None, metadata={"help": "MoELoRA: experts that share lora_rank"})
+    energy: float | None = field(default=None, metadata={"help": "PGP: share of the features' energy to protect"})
     seen_gradient: Literal["clipped", "unclipped"] = field(
         default="clipped",
         metadata={"help": "the gradient the method sees where max_grad_norm clips it: as the step used it, or before"},
@@ -231,7 +250,8 @@ class Recipe:
         for section in SECTIONS:
             for f in fields(section):
                 value = self.flat()[f.name]
-                if get_origin(f.type) is Literal and value not in get_args(f.type):
+                unset = value is None and f.default is None
+                if get_origin(f.type) is Literal and not unset and value not in get_args(f.type):
                     raise ValueError(f"{f.name}: {value!r} is not known; choose one of {', '.join(get_args(f.type))}")
         tasks = self.stream.tasks
         if not tasks or len(set(tasks)) != len(tasks):

@@ -77,15 +77,24 @@ class Layout:
     def __init__(self, engine: str, pieces: list[Piece], flats: list[Tensor], sharded: bool, device: torch.device):
         self.engine, self.pieces, self.flats, self.sharded, self.device = engine, pieces, flats, sharded, device
         self.names = [piece.name for piece in pieces]
-        self._nothing = flats[0].new_empty(0, dtype=torch.float32)
+        self.nothing = flats[0].new_empty(0, dtype=torch.float32)
 
     def shards(self, gradients: dict[int, Tensor] | None = None) -> Shards:
         """The live parameters; `gradients` maps the id of each `flat` to its gradient."""
-        parameters = [self._nothing if p.flat is None else p.of(p.flat) for p in self.pieces]
+        parameters = [self.nothing if p.flat is None else p.of(p.flat) for p in self.pieces]
         if gradients is None:
             return Shards(self, parameters, [])
-        grads = [self._nothing if p.flat is None else p.of(gradients[id(p.flat)]) for p in self.pieces]
+        grads = [self.nothing if p.flat is None else p.of(gradients[id(p.flat)]) for p in self.pieces]
         return Shards(self, parameters, grads)
+
+    def cut(self, full: dict[str, Tensor]) -> list[Tensor]:
+        """This rank's pieces of full tensors: the inverse of `gather`, views shaped like `shards().parameters`."""
+        found = []
+        for piece in self.pieces:
+            flat = full[piece.name].reshape(-1)[piece.start : piece.start + piece.numel]
+            whole = piece.flat is not None and piece.of(piece.flat).shape == piece.shape
+            found.append(flat.view(piece.shape) if whole else flat)
+        return found
 
     def gather(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
         """name -> the full tensor, float32 on the CPU, of shards like `shards().parameters`; call it on every rank."""
@@ -103,11 +112,48 @@ class Layout:
     def write(self, full: dict[str, Tensor]) -> None:
         """Put full tensors into what the optimizer steps on. Float32 masters of a bfloat16 model need it to start from
         what was saved, not from its rounding."""
-        for piece in self.pieces:
+        for piece, values in zip(self.pieces, self.cut(full), strict=True):
             if piece.flat is not None:
-                values = full[piece.name].reshape(-1)[piece.start : piece.start + piece.numel]
-                target = piece.of(piece.flat)
-                target.copy_(values.view(target.shape))
+                piece.of(piece.flat).copy_(values)
+
+
+def coming_gradients(trainer: "LlavaTrainer", layout: Layout) -> Shards:
+    """The gradients that the optimizer is about to use, to be changed in place: when it is first called in a step.
+
+    ZeRO 1 and 2 call it for one group of parameters after the other and make a group's flat gradient only then; those
+    of the later groups lie in fragments, in the order of the partition. Not for clipped gradients: they clip as late.
+    """
+    ready = {id(flat): flat.grad for flat in layout.flats if flat.grad is not None}
+    if zero_stage(trainer) not in (1, 2):
+        return layout.shards(ready)
+    zero, found = trainer.model_wrapped.optimizer, []
+    fragments: dict[int, dict[int, Tensor]] = {}
+    for group, flat in enumerate(layout.flats):
+        if id(flat) not in ready:
+            offset, fragments[id(flat)] = 0, {}
+            for fragment in zero.averaged_gradients[group]:
+                fragments[id(flat)][offset] = fragment.reshape(-1)
+                offset += fragment.numel()
+    for piece in layout.pieces:
+        if piece.flat is None:
+            found.append(layout.nothing)
+        elif id(piece.flat) in ready:
+            found.append(piece.of(ready[id(piece.flat)]))
+        else:
+            found.append(fragments[id(piece.flat)][piece.offset][: piece.numel])
+    return Shards(layout, layout.shards().parameters, found)
+
+
+def show_model(trainer: "LlavaTrainer", layout: Layout) -> None:
+    """Puts what a method wrote into the weights that an optimizer has stepped on where the model computes with them.
+
+    ZeRO 1 and 2 copy a group's float32 partition right after its step, and send all of them round after the last.
+    """
+    if zero_stage(trainer) in (1, 2):
+        zero = trainer.model_wrapped.optimizer
+        for group, flat in enumerate(layout.flats):
+            mine = dist.get_rank(group=zero.real_dp_process_group[group])
+            zero.parallel_partitioned_bit16_groups[group][mine].data.copy_(flat.data)
 
 
 def zero_stage(trainer: "LlavaTrainer") -> int | None:

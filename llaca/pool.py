@@ -1,7 +1,7 @@
 """The pool of parameter sets: which stage's parameters a task starts from, and which a test set is answered with.
 
 A parameter set is named by the stage whose folder holds it. With grouping, tasks of similar instructions share one set
-(llaca/grouping.py); without, there is one set and every stage continues it.
+(llaca/grouping.py); without, there is one set and every stage continues it; an oracle has one for every task.
 """
 
 import json
@@ -31,6 +31,7 @@ class Pool:
     grouping: bool
     codebook: Codebook
     new_group_start: str = "latest"
+    oracle: bool = False
     holders: list[str] = field(default_factory=list)
     members: list[list[str]] = field(default_factory=list)
     latest: str | None = None
@@ -39,16 +40,18 @@ class Pool:
         """Where a task with these instructions starts (Algorithm 1)."""
         if not self.holders:
             return Choice(None, None, [])
-        if not self.grouping:
+        if not self.grouping and not self.oracle:
             return Choice(0, self.holders[0], [])
-        group, scores = self.codebook.match(instructions)
+        group, scores = (None, []) if self.oracle else self.codebook.match(instructions)
         if group is not None:
             return Choice(group, self.holders[group], scores)
         return Choice(None, self.latest if self.new_group_start == "latest" else None, scores)
 
     def put(self, choice: Choice, instructions: list[str], task: str, stage: str) -> None:
         """Records that `stage` has trained `task` from `choice`; its parameters replace the group's."""
-        group = self.codebook.add(choice.group, instructions) if self.grouping else 0
+        group = len(self.holders) if self.oracle else 0
+        if self.grouping:
+            group = self.codebook.add(choice.group, instructions)
         if group < len(self.holders):
             self.holders[group] = stage
             self.members[group].append(task)
@@ -57,11 +60,14 @@ class Pool:
             self.members.append([task])
         self.latest = stage
 
-    def holder_for(self, instructions: list[str]) -> tuple[str, bool]:
-        """(stage whose parameters answer a test set with these instructions, whether its group reaches the threshold).
-
-        Below the threshold the most similar group answers.
+    def holder_for(self, instructions: list[str], task: str) -> tuple[str, bool]:
+        """(stage whose parameters answer a task's test set with these instructions, whether its group reaches the
+        threshold). Below the threshold the most similar group answers; an oracle has the latest answer a task that it
+        has not been trained on.
         """
+        if self.oracle:
+            own = [holder for holder, members in zip(self.holders, self.members, strict=True) if task in members]
+            return own[0] if own else self.latest, bool(own)
         if not self.grouping:
             return self.holders[0], True
         chosen = self.codebook.choose(instructions)

@@ -41,6 +41,11 @@ class Stage:
     folder: Path
 
     @property
+    def task(self) -> str:
+        """The name of its task, or of all of them."""
+        return "+".join(self.tasks)
+
+    @property
     def done(self) -> bool:
         return (self.folder / "DONE").is_file()
 

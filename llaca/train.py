@@ -25,14 +25,13 @@ from llaca import ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
 from llaca.grouping import THRESHOLDS, Codebook, instruction_of
 from llaca.methods import METHODS
-from llaca.methods.base import Method
+from llaca.methods.base import Method, StageView
 from llaca.pool import Choice, Pool
 from llaca.stream import Stage, die_with_launcher, only_one, open_run, run_folder, stages_of, write_atomically
 from llava.dataset import DataError, InstructionDataset, Loaded, Sample, read_samples
 from llava.features import FeatureCache, cache_features, use_features
 from llava.model import (
     adapter_state,
-    attach_lora,
     image_tokens,
     load_adapter,
     load_base,
@@ -42,11 +41,12 @@ from llava.model import (
 )
 
 ZERO = Path(__file__).parents[1] / "scripts"
+MEMORY = "method.pt"  # what a method hands on beside the weights
 
 
 @dataclass
 class Student:
-    """The model in training: LoRA attached, `fresh` its trainable state before any task."""
+    """The model in training: its adapter attached, `fresh` its trainable state before any task."""
 
     model: torch.nn.Module
     processor: object
@@ -83,8 +83,10 @@ def load_stream(recipe: Recipe) -> dict[str, Loaded]:
     return records
 
 
-def load_student(recipe: Recipe, records: dict[str, Loaded], features: FeatureCache | None = None) -> Student:
-    """The base model with fresh LoRA, and the pictures' features, if the recipe reuses them and they are not given."""
+def load_student(
+    recipe: Recipe, records: dict[str, Loaded], method: Method, features: FeatureCache | None = None
+) -> Student:
+    """The base model with a fresh adapter, and the pictures' features, if the recipe reuses them and none are given."""
     config = recipe.model
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, config.dtype)
@@ -95,22 +97,22 @@ def load_student(recipe: Recipe, records: dict[str, Loaded], features: FeatureCa
             features = cache_features(model, processor.image_processor, paths)
         use_features(model)
     seed_everything(recipe.run.seed)
-    model = attach_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    model = method.attach(model, config)
     return Student(model, processor, adapter_state(model), features)
 
 
 def stage_datasets(
     recipe: Recipe, stages: list[Stage], records: dict[str, Loaded], student: Student
 ) -> dict[str, InstructionDataset]:
-    """The training set of every stage by its name, all tokenised before the first stage is trained."""
+    """The training set of every stage by its task, all tokenised before the first stage is trained."""
     stream, single = recipe.stream, {}
     for task, loaded in records.items():
         source = train_file(stream.data_root, stream.instructions, task)
         single[task] = student.dataset(loaded.usable, recipe.for_stage((task,)).max_length, source)
     return {
-        stage.name: single[stage.tasks[0]]
+        stage.task: single[stage.tasks[0]]
         if len(stage.tasks) == 1
-        else student.dataset([s for t in stage.tasks for s in records[t].usable], recipe.train.max_length, stage.name)
+        else student.dataset([s for t in stage.tasks for s in records[t].usable], recipe.train.max_length, stage.task)
         for stage in stages
     }
 
@@ -124,14 +126,15 @@ def stage_steps(settings: TrainConfig, samples: int) -> int:
 def train_stage(
     recipe: Recipe,
     stage: Stage,
-    dataset: InstructionDataset,
+    datasets: dict[str, InstructionDataset],
     student: Student,
     method: Method,
     choice: Choice,
     bar: tqdm,
     folder: Path,
 ) -> dict:
-    """Trains `dataset` from the parameters that `choice` names; writes adapter/, plain/ and the logs into `folder`."""
+    """Trains the stage from the parameters that `choice` names; writes adapter/, plain/, method.pt and the logs into
+    `folder`. `datasets` has every stage's own, by task."""
     # These bring in PEFT and, where installed, bitsandbytes.
     from llaca.callbacks import Checkpoints, StopOnSignal, Tap, latest, truncate_log
     from llava.trainer import LlavaTrainer, StepLog
@@ -147,11 +150,17 @@ def train_stage(
     if recipe.model.legacy_projector_reset and stage.index > 1:
         reset_projector(student.model)
     start = None if checkpoint or recipe.run.zero == "none" else adapter_state(student.model)
+    own, pad_id = datasets[stage.task], student.processor.tokenizer.pad_token_id
+    method.stage = StageView(stage.task, student.model, own, pad_id, stage_seed)
+    known = stage.folder.parent / choice.start / MEMORY if choice.matched else None
+    method.recall(torch.load(known, weights_only=True) if known and known.is_file() else {})
+    dataset = method.extend(own, datasets)
+    bar.total += stage_steps(settings, len(dataset)) - stage_steps(settings, len(own))
     trainer = LlavaTrainer(
         student.model,
         trainer_arguments(recipe, settings, stage, stage_seed, folder),
         dataset,
-        pad_id=student.processor.tokenizer.pad_token_id,
+        pad_id=pad_id,
         projector_lr=settings.projector_learning_rate,
         normalisation=settings.loss_normalisation,
         hooks=method,
@@ -175,6 +184,8 @@ def train_stage(
         save_adapter(student.model, folder / "adapter", final)
         if averaged is not None:
             save_adapter(student.model, folder / "plain", trained)
+        if memory := method.memory():
+            torch.save(memory, folder / MEMORY)
     return {
         "stage": stage.name,
         "tasks": list(stage.tasks),
@@ -232,6 +243,11 @@ def run(recipe: Recipe) -> Path:
     that cannot be followed; BlockingIOError where another process trains this run.
     """
     method = METHODS[recipe.method.method](recipe.method)
+    if recipe.run.zero not in method.engines:
+        raise ValueError(
+            f"method {recipe.method.method} does not work with --zero {recipe.run.zero}; it does with "
+            f"{', '.join(method.engines)} (none: one process or DDP)"
+        )
     ranks.start(recipe.run.zero)
     records = load_stream(recipe)
     if ranks.first():
@@ -250,16 +266,16 @@ def run(recipe: Recipe) -> Path:
 
 def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, Loaded], method: Method) -> None:
     """Walks the stream, past the stages that are done."""
-    student = load_student(recipe, records)
+    student = load_student(recipe, records, method)
     features = student.features
     datasets = stage_datasets(recipe, stages, records, student)
     threshold = recipe.method.similarity_threshold
     codebook = Codebook(
         THRESHOLDS[recipe.stream.instructions] if threshold is None else threshold, recipe.method.group_similarity
     )
-    pool = Pool(recipe.method.grouping, codebook, recipe.method.new_group_start)
+    pool = Pool(recipe.method.grouping, codebook, recipe.method.new_group_start, method.oracle)
     settings = {stage.name: recipe.for_stage(stage.tasks, ranks.count()) for stage in stages}
-    total = sum(stage_steps(settings[stage.name], len(datasets[stage.name])) for stage in stages)
+    total = sum(stage_steps(settings[stage.name], len(datasets[stage.task])) for stage in stages)
     line = int(os.environ.get("LLACA_BAR", 0))  # of the terminal, where several runs share it
     with tqdm(total=total, desc=recipe.run.run, unit="step", position=line, disable=not ranks.first()) as bar:
         for stage in stages:
@@ -268,8 +284,8 @@ def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, Loaded]
                 bar.update(json.loads((stage.folder / "stage.json").read_text(encoding="utf-8"))["steps"])
                 continue
             if student is None:
-                student = load_student(recipe, records, features)
-            complete_stage(recipe, stage, datasets[stage.name], records, student, method, pool, bar)
+                student = load_student(recipe, records, method, features)
+            complete_stage(recipe, stage, datasets, records, student, method, pool, bar)
             if recipe.run.zero != "none":
                 student = None  # DeepSpeed has sharded, cast and hooked this model: the next stage takes a new one,
                 unset_hf_deepspeed_config()  # loaded whole
@@ -278,7 +294,7 @@ def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, Loaded]
 def complete_stage(
     recipe: Recipe,
     stage: Stage,
-    dataset: InstructionDataset,
+    datasets: dict[str, InstructionDataset],
     records: dict[str, Loaded],
     student: Student,
     method: Method,
@@ -299,9 +315,9 @@ def complete_stage(
         shutil.rmtree(stage.folder, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
     ranks.wait()
-    report = train_stage(recipe, stage, dataset, student, method, choice, bar, partial)
+    report = train_stage(recipe, stage, datasets, student, method, choice, bar, partial)
     report["dropped_records"] = sum(len(records[task].problems) for task in stage.tasks)
-    pool.put(choice, instructions, "+".join(stage.tasks), stage.name)
+    pool.put(choice, instructions, stage.task, stage.name)
     if ranks.first():
         finish(stage, partial, report, pool)
     ranks.wait()

@@ -4,6 +4,7 @@ A training file is a list of `{id, image?, conversations: [{from: human, value},
 file a list of `{question_id, image?, text, ...}`; image paths are relative to one image root.
 """
 
+import copy
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -141,6 +142,14 @@ class InstructionDataset(Dataset):
             self._labels.append(torch.tensor(encoded.labels, dtype=torch.int32))
         if problems:
             raise DataError(source, problems)
+
+    def joined(self, others: "Sequence[tuple[InstructionDataset, Sequence[int]]]") -> "InstructionDataset":
+        """Return this dataset with records of others behind its own; all were made with the same processor."""
+        whole = copy.copy(self)
+        for name in ("samples", "_ids", "_labels"):
+            own = getattr(self, name)
+            setattr(whole, name, [*own, *(getattr(other, name)[i] for other, chosen in others for i in chosen)])
+        return whole
 
     @property
     def modality_lengths(self) -> list[int]:

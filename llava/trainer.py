@@ -164,6 +164,13 @@ def token_loss(logits: torch.Tensor, targets: torch.Tensor, image_id: int) -> to
     return functional.cross_entropy(logits.float().index_fill(1, column, -torch.inf), targets, reduction="sum")
 
 
+def answer_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return -log p of a collated batch's answers: the summed cross entropy of its supervised tokens."""
+    inputs = dict(batch)
+    outputs, targets = supervised_logits(model, inputs, inputs.pop("labels"))
+    return token_loss(outputs.logits, targets, model.config.image_token_id)
+
+
 @contextmanager
 def blank_picture(model: nn.Module) -> Iterator[None]:
     """Lets a batch without pictures go through vision tower and projector like others, and changes nothing.

@@ -118,7 +118,11 @@ def test_stages_of_a_stream_and_of_joint_training(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["--method", "lora", "--average", "eq14"], "keeps no average; drop average"),
+        (["--method", "lora", "--average", "eq14"], "method lora has no average: it has no settings"),
+        (
+            ["--method", "ewc", "--temperature", "2"],
+            "has no temperature: it has penalty, consolidation",
+        ),
         (["--method", "llaca", "--average", "nonsense"], "unknown variant"),
         (["--method", "llaca", "--average", "eq45", "--constant", "2"], "has no setting constant"),
         (["--method", "fixed_ema", "--beta", "1.5"], "beta = 1.5"),

@@ -42,18 +42,29 @@ def test_a_new_group_may_start_fresh():
 
 def test_after_the_stream_each_test_set_gets_its_groups_parameters():
     pool, _ = walk("original")
-    holders = {task: pool.holder_for(FACTS["instructions"][task]["original"]) for task in ORDER}
+    holders = {task: pool.holder_for(FACTS["instructions"][task]["original"], task) for task in ORDER}
     own = ("ScienceQA", "ImageNet", "Grounding")
     assert holders == {task: (f"after {task if task in own else 'OCR-VQA'}", True) for task in ORDER}
-    assert pool.holder_for(["Answer with a single letter"])[1] is False
+    assert pool.holder_for(["Answer with a single letter"], "ScienceQA")[1] is False
 
 
 def test_without_grouping_there_is_one_set():
     pool, starts = walk("diverse", grouping=False)
     assert list(starts.values()) == [None, *[f"after {task}" for task in ORDER[:-1]]]
-    assert pool.holder_for(["anything"]) == ("after OCR-VQA", True) and pool.members == [ORDER]
+    assert pool.holder_for(["anything"], "GQA") == ("after OCR-VQA", True) and pool.members == [ORDER]
 
 
 def test_json_round_trip():
     pool, _ = walk("10type")
     assert Pool.from_json(pool.to_json()).to_json() == pool.to_json()
+
+
+def test_an_oracle_has_parameters_for_every_task_and_knows_the_task():
+    pool = Pool(False, Codebook(0.9), "fresh", oracle=True)
+    for task in ("GQA", "VizWiz"):
+        choice = pool.choose(["the same instruction"])
+        assert (choice.group, choice.start) == (None, None)
+        pool.put(choice, ["the same instruction"], task, f"after {task}")
+    assert pool.holder_for(["whatever"], "GQA") == ("after GQA", True)
+    assert pool.holder_for(["whatever"], "VQAv2") == ("after VizWiz", False)
+    assert Pool.from_json(pool.to_json()).oracle

@@ -2,12 +2,23 @@
 
 from llaca.methods.average import MovingAverage
 from llaca.methods.base import Method
-from llaca.methods.reference import MultiTask, ZeroShot
+from llaca.methods.ewc import EWC
+from llaca.methods.lwf import LwF
+from llaca.methods.merging import CoFiMA, CoMA
+from llaca.methods.reference import LoraPerTask, MultiTask, ZeroShot
+from llaca.methods.replay import Replay
 
 METHODS: dict[str, type[Method]] = {
     "zero_shot": ZeroShot,
     "multi_task": MultiTask,
     "lora": Method,
+    "lora_low_lr": Method,
+    "lora_per_task": LoraPerTask,
+    "ewc": EWC,
+    "lwf": LwF,
+    "replay": Replay,
+    "coma": CoMA,
+    "cofima": CoFiMA,
     "fixed_ema": MovingAverage,
     "llaca": MovingAverage,
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llaca import ranks
-from llaca.config import MethodConfig
+from llaca.config import AVERAGE_FIELDS, MethodConfig
 from llaca.ema import DynamicAverage, Trace
 from llaca.engine import Shards
 from llaca.methods.base import Method
@@ -25,7 +25,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 class MovingAverage(Method):
     """Trains as LoRA does, averages beside it, and hands on the average."""
 
-    averages = True
+    fields = AVERAGE_FIELDS
 
     def __init__(self, config: MethodConfig):
         super().__init__(config)

@@ -1,39 +1,113 @@
 """The hooks of a method. `Method` itself is plain sequential LoRA: every hook does nothing."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from llaca.config import AVERAGE_FIELDS, MethodConfig
+from llaca import ranks
+from llaca.config import METHOD_FIELDS, MethodConfig, ModelConfig
 from llaca.engine import Shards
+from llava.dataset import Collator, InstructionDataset
 from llava.hooks import TrainHooks
+from llava.model import attach_lora, trainable_parameters
+
+EVERY_ENGINE = ("none", "0", "1", "2", "3", "3-offload")
+WHOLE_TENSORS = ("none", "0", "1", "2")  # engines under which every rank has whole weights to compute with
+
+
+@dataclass
+class StageView:
+    """The stage that is trained, as a method sees it. `model` has its adapter attached and no engine around it;
+    `dataset` holds the stage's own records, without what a method adds; `task` names it."""
+
+    task: str
+    model: nn.Module
+    dataset: InstructionDataset
+    pad_id: int
+    seed: int
+
+    def draw(self, count: int) -> list[int]:
+        """Numbers of `count` different records (all, if there are fewer), a function of the stage's seed."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randperm(len(self.dataset), generator=generator)[:count].tolist()
+
+    def batches(self, records: Sequence[int], size: int = 1) -> Iterator[dict[str, Tensor]]:
+        """Batches of these records of `dataset`, on the model's device."""
+        yield from batches_of(self.dataset, records, size, self.pad_id, next(self.model.parameters()).device)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model without dropout meanwhile."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """What trains, by name: whole tensors, unless the engine is ZeRO 3."""
+        return trainable_parameters(self.model)
+
+
+def batches_of(
+    dataset: InstructionDataset, records: Sequence[int], size: int, pad_id: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of at most `size` of these records, on `device`. One without pictures has no pixel_values."""
+    collate = Collator(pad_id)
+    for start in range(0, len(records), size):
+        batch = collate([dataset[record] for record in records[start : start + size]])
+        yield {key: value.to(device) for key, value in batch.items()}
 
 
 class Method(TrainHooks):
     """A way to train a stream. One object serves a whole run.
 
-    A stage calls before_task; then, for every micro-batch, loss (llava/hooks.py) and, for every optimizer step,
-    after_step; then after_task. Shards are this rank's part of the trainable tensors (llaca/engine.py).
+    A stage calls recall, extend and before_task; then, for every micro-batch, loss (llava/hooks.py) and, for every
+    optimizer step, after_backward and after_step; then after_task and memory. Shards are this rank's part of the
+    trainable tensors (llaca/engine.py). `stage` is the StageView of the stage that is under way.
     """
 
     trains = True  # False: the base model is only evaluated
     joint = False  # True: one stage with all tasks
-    averages = False  # True: the recipe's fields about averages apply
+    oracle = False  # True: every task has parameters of its own, and a test set is told which task it is of
+    mergeable = True  # False: the adapter stays beside the weights when it answers
+    edits_gradients = False  # True: after_backward changes them
+    edits_weights = False  # True: after_step changes them
+    fields: tuple[str, ...] = ()  # those of the recipe's METHOD_FIELDS that apply
+    engines: tuple[str, ...] = EVERY_ENGINE  # values of the recipe's `zero` under which it works
+    stage: StageView
 
     def __init__(self, config: MethodConfig):
         """Raises ValueError for settings that the method cannot follow: before anything is trained."""
         self.config = config
-        given = [name for name in AVERAGE_FIELDS if getattr(config, name) is not None]
-        if given and not self.averages:
-            raise ValueError(f"method {config.method} keeps no average; drop {', '.join(given)} or choose llaca")
+        given = [name for name in METHOD_FIELDS if getattr(config, name) is not None and name not in self.fields]
+        if given:
+            known = f"it has {', '.join(self.fields)}" if self.fields else "it has no settings of its own"
+            raise ValueError(f"method {config.method} has no {', '.join(given)}: {known}")
 
     @property
     def watches(self) -> bool:
-        """Whether this stage needs after_step."""
-        return False
+        """Whether this stage needs after_backward and after_step."""
+        return self.edits_gradients or self.edits_weights
+
+    def attach(self, model: nn.Module, config: ModelConfig) -> nn.Module:
+        """The model with what is trained attached, in training and in evaluation."""
+        return attach_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
+
+    def extend(self, dataset: InstructionDataset, earlier: Mapping[str, InstructionDataset]) -> InstructionDataset:
+        """The records to train on, from the stage's own and those of earlier tasks by name."""
+        return dataset
 
     def before_task(self, shards: Shards, matched: bool, steps: int) -> None:
         """A stage of `steps` optimizer steps begins at these weights; `matched`: it continues an existing group."""
+
+    def after_backward(self, shards: Shards) -> None:
+        """The step's gradients are reduced and about to be used; they may be changed in place."""
 
     def after_step(self, shards: Shards) -> None:
         """The parameters have just moved by these gradients."""
@@ -43,9 +117,24 @@ class Method(TrainHooks):
         writes into `folder`."""
         return None, {}
 
+    def memory(self) -> dict:
+        """What the next stage that continues these parameters has to know, the same on every rank: tensors and plain
+        containers. It is saved with the stage."""
+        return {}
+
+    def recall(self, memory: dict) -> None:
+        """Take over the `memory` of the stage whose parameters this one continues; empty where it continues none."""
+
     def state_dict(self) -> dict:
         """All that this rank needs to go on inside a stage exactly."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over a `state_dict`, after before_task."""
+
+
+def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Adds up the ranks' tensors, in place, on every rank."""
+    if ranks.count() > 1:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)

@@ -1,0 +1,59 @@
+"""Elastic weight consolidation (Kirkpatrick et al., arXiv 1612.00796; online: Schwarz et al., arXiv 1805.06370).
+
+    L = CE + lambda/2 sum_i F_i (theta_i - theta*_i)^2
+
+F is the diagonal Fisher information of earlier tasks (llaca/fisher.py), theta* the weights after them. `online`: F is
+the sum over the tasks and theta* the last weights. `per_task`: a penalty a task, and their sum, which is, but for a
+constant, of the same form with the Fisher-weighted mean of the tasks' weights as theta*.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llaca.config import MethodConfig
+from llaca.engine import Shards
+from llaca.fisher import diagonal_fisher
+from llaca.methods.base import WHOLE_TENSORS, Method
+
+
+class EWC(Method):
+    """LoRA with a quadratic penalty around the weights that earlier tasks needed."""
+
+    fields = ("penalty", "consolidation", "estimate_records")
+    engines = WHOLE_TENSORS
+
+    def __init__(self, config: MethodConfig):
+        super().__init__(config)
+        self.fisher: dict[str, Tensor] = {}
+        self.anchor: dict[str, Tensor] = {}
+
+    def recall(self, memory: dict) -> None:
+        device = next(iter(self.stage.weights().values())).device
+        self.fisher, self.anchor = (
+            {name: tensor.to(device) for name, tensor in memory.get(key, {}).items()} for key in ("fisher", "anchor")
+        )
+
+    def loss(self, model, inputs, outputs) -> Tensor | None:
+        """lambda/2 sum_i F_i (theta_i - theta*_i)^2, None in the first stage of these parameters."""
+        return self.penalty(self.stage.weights()) if self.fisher else None
+
+    def penalty(self, weights: dict[str, Tensor]) -> Tensor:
+        """The term at these weights (whole tensors by name)."""
+        terms = [(self.fisher[name] * (w.float() - self.anchor[name]).square()).sum() for name, w in weights.items()]
+        return self.config.penalty / 2 * torch.stack(terms).sum()
+
+    def after_task(self, shards: Shards, folder: Path) -> tuple[None, dict]:
+        new = diagonal_fisher(self.stage, self.config.estimate_records)
+        for name, weight in shards.layout.gather(shards.parameters).items():
+            weight, before = weight.to(new[name].device), self.fisher.get(name, torch.zeros_like(new[name]))
+            total = before + new[name]
+            if self.config.consolidation == "per_task" and name in self.anchor:
+                mean = (before * self.anchor[name] + new[name] * weight) / total
+                weight = torch.where(total > 0, mean, weight)
+            self.fisher[name], self.anchor[name] = total, weight
+        return None, {"fisher_mean": float(torch.cat([f.flatten() for f in new.values()]).mean())}
+
+    def memory(self) -> dict:
+        return {key: {n: t.cpu() for n, t in getattr(self, key).items()} for key in ("fisher", "anchor")}

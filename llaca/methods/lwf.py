@@ -1,0 +1,52 @@
+"""Learning without forgetting (Li and Hoiem, arXiv 1606.09282): the weights at the stage's start teach on the new data.
+
+    L = CE + lambda T^2 KL( softmax(z_old / T) || softmax(z / T) ),    mean over the supervised tokens
+
+z are the logits of the model in training, z_old those it gives, without dropout, with the weights that the stage began with.
+"""
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import kl_div, log_softmax
+
+from llaca.engine import Shards
+from llaca.methods.base import WHOLE_TENSORS, Method
+
+
+class LwF(Method):
+    """LoRA that keeps the answers of the weights it started from."""
+
+    fields = ("penalty", "temperature")
+    engines = WHOLE_TENSORS
+    teacher: dict[str, Tensor] | None = None
+
+    def before_task(self, shards: Shards, matched: bool, steps: int) -> None:
+        weights = self.stage.weights()
+        self.teacher = {name: weight.detach().clone() for name, weight in weights.items()} if matched else None
+
+    def loss(self, model, inputs, outputs) -> Tensor | None:
+        """The distillation term, None in the first stage of these parameters."""
+        if self.teacher is None:
+            return None
+        from llava.trainer import supervised_logits  # brings in PEFT and, where installed, bitsandbytes
+
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+
+        def teacher(**given):
+            return functional_call(self.stage.model, self.teacher, (), given)
+
+        with torch.no_grad(), self.stage.evaluating():
+            old, _ = supervised_logits(teacher, inputs, labels)
+        temperature = self.config.temperature
+        said, wanted = (log_softmax(z.float() / temperature, dim=-1) for z in (outputs.logits, old.logits))
+        divergence = kl_div(said, wanted, log_target=True, reduction="batchmean")
+        return self.config.penalty * temperature**2 * divergence
+
+    def state_dict(self) -> dict:
+        return {} if self.teacher is None else {"teacher": self.teacher}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.teacher is not None:
+            self.teacher = {name: state["teacher"][name].to(t.device) for name, t in self.teacher.items()}

@@ -1,0 +1,73 @@
+"""CoMA and CoFiMA (Marouf et al., arXiv 2312.08977): after a stage its weights are merged with those it started from.
+
+    CoMA      theta = (1 - a) theta_{t-1} + a theta_t
+    CoFiMA    theta = ((1 - a) F_{t-1} theta_{t-1} + a F_t theta_t) / ((1 - a) F_{t-1} + a F_t), element by element
+
+F_t is the diagonal Fisher information of task t (llaca/fisher.py), at most 1e-4; where both are 0, CoMA's weights hold.
+LoRA's A and B are merged one by one, as LLaCA averages them: not what merging their products would give.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llaca.engine import Shards
+from llaca.fisher import diagonal_fisher
+from llaca.methods.base import WHOLE_TENSORS, Method
+
+FISHER_LIMIT = 1e-4
+
+
+class CoMA(Method):
+    """One average per stage, of its start and its end."""
+
+    fields = ("merge_weight",)
+    start: list[Tensor] | None = None
+
+    def before_task(self, shards: Shards, matched: bool, steps: int) -> None:
+        self.start = [p.detach().clone() for p in shards.parameters] if matched else None
+
+    def after_task(self, shards: Shards, folder: Path) -> tuple[list[Tensor] | None, dict]:
+        if self.start is None:
+            return None, {}
+        pairs = zip(self.start, shards.parameters, strict=True)
+        return [torch.lerp(old, new, self.config.merge_weight) for old, new in pairs], {}
+
+    def state_dict(self) -> dict:
+        return {} if self.start is None else {"start": self.start}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.start is not None:
+            self.start = [old.to(new.device) for old, new in zip(state["start"], self.start, strict=True)]
+
+
+class CoFiMA(CoMA):
+    """CoMA weighted by how much each task's answers depend on each weight."""
+
+    fields = ("merge_weight", "estimate_records")
+    engines = WHOLE_TENSORS
+    fisher: dict[str, Tensor]
+
+    def recall(self, memory: dict) -> None:
+        self.fisher = memory.get("fisher", {})
+
+    def after_task(self, shards: Shards, folder: Path) -> tuple[list[Tensor] | None, dict]:
+        fisher = diagonal_fisher(self.stage, self.config.estimate_records)
+        fisher = {name: f.clamp(max=FISHER_LIMIT).cpu() for name, f in fisher.items()}
+        merged = None
+        if self.start is not None:
+            old_parts, new_parts = shards.layout.cut(self.fisher), shards.layout.cut(fisher)
+            parts = zip(self.start, shards.parameters, old_parts, new_parts, strict=True)
+            merged = [merge(old, new, f.to(old), g.to(old), self.config.merge_weight) for old, new, f, g in parts]
+        self.fisher = fisher
+        return merged, {}
+
+    def memory(self) -> dict:
+        return {"fisher": self.fisher}
+
+
+def merge(old: Tensor, new: Tensor, old_fisher: Tensor, new_fisher: Tensor, a: float) -> Tensor:
+    """CoFiMA's formula for tensors of one shape."""
+    weight = a * new_fisher / ((1 - a) * old_fisher + a * new_fisher)
+    return torch.lerp(old, new, torch.where(weight.isfinite(), weight, a))

@@ -1,0 +1,34 @@
+"""Experience replay: n random records of every earlier task are trained on with the new ones."""
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from llaca.engine import Shards
+from llaca.methods.base import Method
+from llava.dataset import InstructionDataset
+
+
+class Replay(Method):
+    """LoRA on the stage's records and the buffer's. A stage has more steps for it, by the buffer's size."""
+
+    fields = ("memory_records",)
+    buffer: dict[str, list[int]]  # task -> numbers of its records
+
+    def recall(self, memory: dict) -> None:
+        self.buffer = {task: list(numbers) for task, numbers in memory.get("buffer", {}).items()}
+
+    def extend(self, dataset: InstructionDataset, earlier: Mapping[str, InstructionDataset]) -> InstructionDataset:
+        return dataset.joined([(earlier[task], numbers) for task, numbers in self.buffer.items()])
+
+    def after_task(self, shards: Shards, folder: Path) -> tuple[list[Tensor] | None, dict]:
+        count = min(self.config.memory_records, len(self.stage.dataset))
+        drawn = random.Random(self.stage.seed).sample(range(len(self.stage.dataset)), count)
+        replayed = sum(map(len, self.buffer.values()))
+        self.buffer[self.stage.task] = sorted(drawn)
+        return None, {"replayed": replayed}
+
+    def memory(self) -> dict:
+        return {"buffer": self.buffer}

@@ -1,0 +1,228 @@
+"""The compared methods against closed forms, autograd, scipy and one another."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.special import rel_entr, softmax
+from test_llaca_train import TASKS, adapters, arguments, mini  # noqa: F401
+
+from eval.predict import open_run
+from llaca.config import load_recipe
+from llaca.engine import Layout, Piece
+from llaca.fisher import diagonal_fisher
+from llaca.methods import METHODS
+from llaca.methods.base import StageView
+from llaca.methods.merging import merge
+from llaca.train import run
+from llava.dataset import InstructionDataset, load_samples
+from llava.model import attach_lora, trainable_parameters
+from llava.trainer import answer_loss, supervised_logits, token_loss
+
+
+def method_of(name: str, *line: str):
+    """A method with its own file's settings, and those of `line`."""
+    return METHODS[name](load_recipe(["--method", name, *line]).method)
+
+
+@pytest.fixture
+def view(tiny, tiny_data):
+    """A stage on the small random model."""
+    torch.manual_seed(0)
+    model = attach_lora(tiny[0], 2, 4, 0.0)
+    with torch.no_grad():
+        for name, weight in trainable_parameters(model).items():
+            if "lora_B" in name:
+                weight.normal_(0, 0.1)
+    dataset = InstructionDataset(load_samples(tiny_data / "train.json", tiny_data), tiny[1], 36, 512)
+    return StageView("GQA", model, dataset, 0, seed=7)
+
+
+def layout_of(view: StageView) -> Layout:
+    """That of one process."""
+    pieces = [Piece(name, p.shape, p, 0, 0, p.numel()) for name, p in view.weights().items()]
+    return Layout("one process", pieces, list(view.weights().values()), False, torch.device("cpu"))
+
+
+def moved(view: StageView, by: float, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in view.weights().values():
+            weight.add_(by * torch.randn(weight.shape, generator=generator))
+
+
+def test_every_method_has_a_file_and_a_line_of_settings():
+    settings = {path.stem for path in (Path(__file__).parents[1] / "configs" / "methods").glob("*.yaml")}
+    assert settings == set(METHODS)
+
+
+def test_fisher_is_the_mean_of_the_records_squared_gradients(view):
+    """Against .backward() of each record's log-likelihood on its own; records without pictures are among them."""
+    found = diagonal_fisher(view, 8)
+    drawn = view.draw(8)
+    assert len(set(drawn)) == 8 and {view.dataset.samples[i].image is None for i in drawn} == {True, False}
+    assert view.draw(99) != sorted(view.draw(99)) and len(view.draw(99)) == len(view.dataset)
+    expected = {name: torch.zeros_like(weight) for name, weight in view.weights().items()}
+    view.model.eval()
+    for record in drawn:
+        view.model.zero_grad()
+        [batch] = view.batches([record])
+        logits = view.model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0, :-1].float()
+        logits[:, view.model.config.image_token_id] = -torch.inf
+        labels = batch["labels"][0, 1:]
+        told = labels != -100
+        torch.log_softmax(logits[told], -1).gather(1, labels[told, None]).sum().backward()
+        for name, weight in view.weights().items():
+            if weight.grad is not None:
+                expected[name] += weight.grad**2 / 8
+    for name, fisher in found.items():
+        torch.testing.assert_close(fisher, expected[name], rtol=1e-4, atol=1e-9)
+    assert sum(f.sum() for f in found.values()) > 0
+
+
+@pytest.mark.parametrize("kind", ["online", "per_task"])
+def test_ewc_pulls_as_the_closed_form_of_all_earlier_tasks(view, kind):
+    """Two tasks, then a third: the gradient of the penalty against lambda sum_t F_t (theta - theta_t)."""
+    method = method_of("ewc", "--consolidation", kind, "--penalty", "3", "--estimate_records", "6")
+    method.stage = view
+    method.recall({})
+    assert method.loss(None, None, None) is None
+    fishers, anchors = [], []
+    for task in range(2):
+        moved(view, 0.05, task)
+        view.seed = task
+        fishers.append(diagonal_fisher(view, 6))
+        anchors.append({name: weight.detach().clone() for name, weight in view.weights().items()})
+        method.after_task(layout_of(view).shards(), Path())
+        method.recall(method.memory())
+    moved(view, 0.1, 9)
+    gradients = torch.autograd.grad(method.loss(None, None, None), list(view.weights().values()))
+    for gradient, (name, weight) in zip(gradients, view.weights().items(), strict=True):
+        one, two = (fishers[t][name] * (weight - anchors[t][name]) for t in range(2))
+        both = one + two if kind == "per_task" else (fishers[0][name] + fishers[1][name]) * (weight - anchors[1][name])
+        torch.testing.assert_close(gradient, 3 * both.detach(), rtol=1e-4, atol=1e-7)
+
+
+def test_lwf_is_scipys_kl_between_the_weights_at_the_start_and_now(view):
+    method = method_of("lwf", "--penalty", "0.5", "--temperature", "3")
+    method.stage = view
+    method.before_task(None, True, 1)
+    [batch] = view.batches([0, 3, 12], 3)
+    inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
+    with torch.no_grad():
+        old = supervised_logits(view.model, inputs, labels)[0].logits.double().numpy()
+    outputs, _ = supervised_logits(view.model, inputs, labels)
+    assert method.loss(view.model, batch, outputs).item() == pytest.approx(0, abs=1e-6), "nothing has moved yet"
+    moved(view, 0.1)
+    outputs, _ = supervised_logits(view.model, inputs, labels)
+    term = method.loss(view.model, batch, outputs)
+    p, q = softmax(old / 3, axis=1), softmax(outputs.logits.detach().double().numpy() / 3, axis=1)
+    assert term.item() == pytest.approx(0.5 * 9 * rel_entr(p, q).sum(axis=1).mean(), rel=1e-4)
+    assert all(g is not None for g in torch.autograd.grad(term, list(view.weights().values())))
+    method.before_task(None, False, 1)
+    assert method.loss(view.model, batch, outputs) is None, "a new group has nothing to keep"
+
+
+def test_cofima_with_equal_fisher_is_coma_and_weighs_by_fisher():
+    generator = torch.Generator().manual_seed(0)
+    old, new = torch.randn(2, 50, generator=generator)
+    f = torch.rand(50, generator=generator)
+    torch.testing.assert_close(merge(old, new, f, f, 0.4), 0.6 * old + 0.4 * new)
+    torch.testing.assert_close(merge(old, new, f, torch.zeros(50), 0.4), old)
+    torch.testing.assert_close(merge(old, new, torch.zeros(50), torch.zeros(50), 0.4), 0.6 * old + 0.4 * new)
+    g = torch.rand(50, generator=generator)
+    by_hand = (0.6 * f * old + 0.4 * g * new) / (0.6 * f + 0.4 * g)
+    torch.testing.assert_close(merge(old, new, f, g, 0.4), by_hand)
+
+
+@pytest.mark.parametrize("name", ["coma", "cofima"])
+def test_merging_stands_between_start_and_end(view, name):
+    method = method_of(name)
+    method.stage = view
+    method.recall({"fisher": {k: torch.full_like(w, 1e-4) for k, w in view.weights().items()}})
+    shards = layout_of(view).shards()
+    method.before_task(shards, True, 1)
+    start = [p.clone() for p in shards.parameters]
+    moved(view, 0.5)
+    merged, _ = method.after_task(shards, Path())
+    for a, m, b in zip(start, merged, shards.parameters, strict=True):
+        if name == "coma":
+            torch.testing.assert_close(m, 0.6 * a + 0.4 * b)
+        low, high = torch.minimum(a, b) - 1e-6, torch.maximum(a, b) + 1e-6
+        assert ((low <= m) & (m <= high)).all()
+    apart = [(m - 0.6 * a - 0.4 * b).abs().max() for a, m, b in zip(start, merged, shards.parameters, strict=True)]
+    assert (max(apart) > 0.01) == (name == "cofima")
+    method.before_task(shards, False, 1)
+    assert method.after_task(shards, Path())[0] is None
+
+
+def test_the_replay_buffer_is_exact(arguments):  # noqa: F811
+    """Each stage trains on its own 24 records and five of every earlier task; the same numbers every time."""
+    folder = run(load_recipe([*arguments, "--method", "replay", "--memory_records", "5"]))
+    stories = [torch.load(path, weights_only=True) for path in sorted(folder.glob("stages/*/method.pt"))]
+    assert [list(story["buffer"]) for story in stories] == [TASKS[:1], TASKS[:2], TASKS]
+    for numbers in stories[-1]["buffer"].values():
+        assert len(set(numbers)) == 5 and all(0 <= n < 24 for n in numbers)
+    assert stories[-1]["buffer"]["ScienceQA"] == stories[0]["buffer"]["ScienceQA"]
+    told = [json.loads(path.read_text()) for path in sorted(folder.glob("stages/*/stage.json"))]
+    assert [(t["samples"], t["replayed"], t["steps"]) for t in told] == [(24, 0, 3), (29, 5, 4), (34, 10, 5)]
+
+
+def test_joined_records_are_those_of_the_datasets(view):
+    joined = view.dataset.joined([(view.dataset, [3, 12])])
+    assert len(joined) == len(view.dataset) + 2 and len(view.dataset) == 16
+    for there, here in ((16, 3), (17, 12)):
+        for key, value in view.dataset[here].items():
+            assert torch.equal(joined[there][key], value)
+    assert joined.modality_lengths[-2:] == [view.dataset.modality_lengths[i] for i in (3, 12)]
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("ewc", ["--penalty", "0"]), ("lwf", ["--penalty", "0"]), ("replay", ["--memory_records", "0"]),
+     ("coma", ["--merge_weight", "1"])],
+)  # fmt: skip
+def test_without_strength_every_method_is_lora_bit_for_bit(arguments, name, line):  # noqa: F811
+    runs = [[*arguments[:-1], name, "--method", name, *line], [*arguments[:-1], "lora", "--method", "lora"]]
+    mine, lora = (adapters(run(load_recipe(r))) for r in runs)
+    assert {k: v for k, v in mine.items() if "/adapter/" in k} == lora
+
+
+def test_an_oracle_starts_every_task_fresh_and_answers_with_its_own(arguments):  # noqa: F811
+    folder = run(load_recipe([*arguments, "--method", "lora_per_task"]))
+    alone = run(load_recipe([*arguments[:-1], "alone", "--method", "lora", "--tasks", "ScienceQA"]))
+    science = "stages/01-ScienceQA/adapter/adapter_model.safetensors"
+    assert (folder / science).read_bytes() == (alone / science).read_bytes()
+    last = open_run(folder).rows[-1][1]
+    assert last == {"ScienceQA": "01-ScienceQA", "TextVQA": "02-TextVQA", "GQA": "03-GQA"}
+
+
+@pytest.mark.parametrize("name", ["ewc", "lwf", "cofima", "replay"])
+def test_methods_with_memory_train_and_hand_it_on(arguments, name):  # noqa: F811
+    """Three stages with grouping: the third continues the second's group, and its memory."""
+    folder = run(load_recipe([*arguments, "--method", name, "--grouping", "true"]))
+    memories = {path.parent.name: torch.load(path, weights_only=True) for path in folder.glob("stages/*/method.pt")}
+    if name == "replay":
+        assert set(memories["03-GQA"]["buffer"]) == {"TextVQA", "GQA"}, "ScienceQA is of another group"
+    if name == "ewc":
+        two, three = memories["02-TextVQA"]["fisher"], memories["03-GQA"]["fisher"]
+        assert all((three[key] >= two[key]).all() for key in two) and any((three[key] > two[key]).any() for key in two)
+    lora = run(load_recipe([*arguments[:-1], "lora", "--method", "lora", "--grouping", "true"]))
+    changed = "stages/03-GQA/adapter/adapter_model.safetensors"
+    mine, plain = (load_file(f / changed) for f in (folder, lora))
+    assert any(not torch.equal(mine[key], plain[key]) for key in plain)
+    assert all(tensor.isfinite().all() for tensor in mine.values())
+
+
+def test_a_method_refuses_the_engines_it_does_not_work_under(arguments):  # noqa: F811
+    with pytest.raises(ValueError, match=r"method ewc does not work with --zero 3; it does with none, 0, 1, 2"):
+        run(load_recipe([*arguments, "--method", "ewc", "--zero", "3"]))
+
+
+def test_answer_loss_is_minus_the_log_likelihood(view):
+    [batch] = view.batches([0])
+    outputs, targets = supervised_logits(view.model, {k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
+    expected = token_loss(outputs.logits, targets, view.model.config.image_token_id)
+    assert answer_loss(view.model, batch).item() == pytest.approx(expected.item()) and "labels" in batch
