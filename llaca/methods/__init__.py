@@ -19,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "replay": Replay,
     "coma": CoMA,
     "cofima": CoFiMA,
+    "eproj": Method,
     "fixed_ema": MovingAverage,
     "llaca": MovingAverage,
 }

@@ -2,7 +2,7 @@
 
     L = CE + lambda T^2 KL( softmax(z_old / T) || softmax(z / T) ),    mean over the supervised tokens
 
-z are the logits of the model in training, z_old those it gives, without dropout, with the weights that the stage began with.
+z are the logits of the model in training, z_old those of the weights that the stage began with, without dropout.
 """
 
 import torch
