@@ -98,8 +98,9 @@ def method_label(run: Run) -> str:
 
 
 def comparable(run: Run) -> tuple:
-    """Runs with the same key stand in one table."""
-    return tuple(map(str, (run.recipe.stream, run.recipe.model, run.recipe.train, run.split)))
+    """Runs with the same key stand in one table; the learning rates may be a method's own."""
+    train = replace(run.recipe.train, learning_rate=0, projector_learning_rate=0)
+    return tuple(map(str, (run.recipe.stream, run.recipe.model, train, run.split)))
 
 
 def summary(runs: list[Run], metrics: dict[str, dict], out: Path, paper: bool = False) -> str:

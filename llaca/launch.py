@@ -80,6 +80,18 @@ def commands(arguments: list[str]) -> list[tuple[Recipe, list[str]]]:
     return built
 
 
+def prepare_data(recipe: Recipe) -> None:
+    """Draws CoIN-mini if the recipe asks for it and it is not there, and checks the recipe's benchmark.
+
+    Raises ValueError with the report of a check that fails, unless the recipe goes on unchecked.
+    """
+    stream = recipe.stream
+    if Path(stream.data_root) == MINI and not is_built(MINI):
+        build(MINI)
+    report = check_benchmark(stream.data_root, stream.instructions, stream.tasks, stream.unchecked)
+    print(f"{report.records:,} records checked" if report.ok else report.text(), flush=True)
+
+
 def announce(runs: list[tuple[Recipe, list[str]]], launcher: Launcher, side_by_side: int) -> None:
     """Says what is going to be trained, where it goes and about how long it takes."""
     for recipe, _ in runs:
@@ -144,11 +156,7 @@ def main() -> None:
         side_by_side = max(1, min(len(runs), (os.cpu_count() or 1) // threads)) if launcher.name == "python" else 1
         announce(runs, launcher, side_by_side)
         recipe = runs[0][0]
-        if Path(recipe.stream.data_root) == MINI and not is_built(MINI):
-            build(MINI)
-        stream = recipe.stream
-        report = check_benchmark(stream.data_root, stream.instructions, stream.tasks, stream.unchecked)
-        print(f"{report.records:,} records checked" if report.ok else report.text(), flush=True)
+        prepare_data(recipe)
     except (ValueError, OSError) as error:
         if os.environ.get("LLACA_TRACEBACK"):
             raise

@@ -1,0 +1,156 @@
+"""A table of the paper by one command: trains what is missing, evaluates it, puts the paper's numbers beside ours.
+
+    python -m eval.reproduce table1 [--mini] [--seeds 0 1 2] [--out DIR] [--rows LLaCA LoRA]
+
+scripts/reproduce_*.sh call it. The runs of each table stand in configs/studies.yaml. A run has the name that
+train_continual.sh gives it, so tables share runs, and what is done is not repeated. --mini: the recipe of CoIN-mini, as
+many runs at a time as there are cores.
+Writes table.{txt,md,csv,tex}, runs.csv and figures into DIR (default: runs/tables/NAME), seeds taken together.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from eval.predict import Run, open_run
+from eval.report import FORMATS, answer, draw, facts, fallback_notes, format_notes, score_run
+from eval.score import majority_baseline
+from eval.tables import ALL_METRICS, Row, method_row, results_table
+from llaca.config import CONFIGS, load_recipe
+from llaca.launch import choose_launcher, prepare_data, run_all
+
+PAPER = Path(__file__).parent / "paper"
+MINI = CONFIGS / "coin_mini.yaml"
+
+
+def studies() -> dict[str, dict[str, Any]]:
+    """configs/studies.yaml."""
+    return yaml.safe_load((CONFIGS / "studies.yaml").read_text(encoding="utf-8"))
+
+
+def command_lines(study: dict[str, Any], recipe: Path, seeds: Sequence[int], more: list[str]) -> dict[str, list[list]]:
+    """The arguments of llaca.train by row, a list a seed."""
+    common = ["--recipe", str(recipe), *shlex.split(study.get("flags", ""))]
+    return {
+        label: [[*common, *shlex.split(row["flags"]), *more, "--seed", str(seed)] for seed in seeds]
+        for label, row in study["rows"].items()
+    }
+
+
+def paper_rows(study: dict[str, Any], tasks: Sequence[str]) -> dict[str, Row]:
+    """The paper's printed numbers by our row's label, for the columns that the table has."""
+    if "paper" not in study:
+        return {}
+    frame = pd.read_csv(PAPER / study["paper"], dtype={0: str})
+    key = frame.columns[0]
+    if "row" in frame:  # Table 7 prints New.ACC on a line of its own
+        frame = frame.set_index([key, "row"])
+        final = frame.xs("final", level="row")
+        final["New.ACC"] = frame.xs("new", level="row")["New.ACC"]
+        frame = final.reset_index()
+    printed = {row[key]: row for row in frame.to_dict("records")}
+    found = {}
+    for label, row in study["rows"].items():
+        if "paper" in row:
+            numbers = printed[str(row["paper"])]
+            mean = {
+                column: None if pd.isna(numbers.get(column)) else float(numbers[column])
+                for column in (*tasks, *ALL_METRICS)
+            }
+            found[label] = Row(f"  printed: {row['paper']}", mean, {})
+    return found
+
+
+def reproduce(name: str, options: argparse.Namespace, more: list[str]) -> str:
+    """Trains and evaluates the runs of a study; writes its table and returns it as text."""
+    study = studies()[name]
+    if options.rows:
+        if unknown := [row for row in options.rows if row not in study["rows"]]:
+            raise ValueError(f"{name} has no row '{unknown[0]}'; it has {', '.join(study['rows'])}")
+        study["rows"] = {label: study["rows"][label] for label in options.rows}
+    if not options.mini and study["recipe"] is None:
+        raise ValueError(f"{name} is of a model that is no LLaVA; --mini compares the methods on the small one")
+    recipe = MINI if options.mini else CONFIGS / f"{study['recipe']}.yaml"
+    lines = command_lines(study, recipe, options.seeds, ["--runs-dir", str(options.runs_dir), *more])
+    recipes = {label: [load_recipe(line) for line in own] for label, own in lines.items()}
+    first = next(iter(recipes.values()))[0]
+    count = sum(map(len, recipes.values()))
+    minutes = first.run.expected_minutes
+    launcher = choose_launcher(None, options.num_gpus, None, first.run.zero)
+    jobs = max(1, (os.cpu_count() or 1) // int(os.environ.get("OMP_NUM_THREADS", 1)))
+    side_by_side = jobs if launcher.name == "python" else 1
+    print(f"{study['title']}\n{count} runs, those that are done excepted", end="")
+    print(f": up to {minutes * -(-count // side_by_side):.0f} minutes" if minutes else "", flush=True)
+    for different in {r.stream.instructions: r for own in recipes.values() for r in own}.values():
+        prepare_data(different)
+    start = time.monotonic()
+    if status := run_all([launcher.line(line) for own in lines.values() for line in own], side_by_side):
+        sys.exit(status)
+    folders = {label: [Path(r.run.runs_dir) / r.run.run for r in own] for label, own in recipes.items()}
+    runs = {label: [open_run(folder, options.split) for folder in own] for label, own in folders.items()}
+    return table(study, runs, options, time.monotonic() - start)
+
+
+def table(study: dict[str, Any], runs: dict[str, list[Run]], options: argparse.Namespace, seconds: float) -> str:
+    """Scores the runs and writes the table, the runs' facts and the figures; returns the table as text."""
+    every = [run for own in runs.values() for run in own]
+    answer(every, options)
+    metrics = {run.name: score_run(run) for run in every}
+    stream, split = every[0].recipe.stream, every[0].split
+    baseline = {
+        task: majority_baseline(task, stream.data_root, stream.instructions, split, stream.max_test_samples)
+        for task in stream.tasks
+    }
+    printed, rows = paper_rows(study, stream.tasks), []
+    for label, own in runs.items():
+        rows.append(method_row(label, [metrics[run.name] for run in own]))
+        rows += [printed[label]] if label in printed else []
+    behind = facts(every, metrics).assign(method=[label for label, own in runs.items() for _ in own])
+    found = results_table(rows, baseline)
+    notes = [study["title"] + (", on CoIN-mini with the small base" if options.mini else "") + f"; {split} split."]
+    notes += ["Lines marked 'printed' are the paper's, of the 7B or 13B model on CoIN."] if printed else []
+    found = replace(found, notes=(*notes, *found.notes, *format_notes(runs, metrics), *fallback_notes(behind)))
+    options.out.mkdir(parents=True, exist_ok=True)
+    for suffix, render in FORMATS.items():
+        (options.out / f"table.{suffix}").write_text(render(found), encoding="utf-8")
+    behind.to_csv(options.out / "runs.csv", index=False, float_format="%.4g")
+    if len({tuple(run.tasks) for run in every}) == 1:
+        draw(runs, metrics, options.out)
+    print(f"\n{found.text()}\nTables (txt, md, csv, tex) and figures: {options.out}")
+    print(f"{seconds / 60:.1f} minutes of training in this call")
+    return found.text()
+
+
+def main(given: list[str] | None = None) -> None:
+    """Command line; what it does not know goes to every run, as --epochs 1."""
+    parser = argparse.ArgumentParser(prog="reproduce", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("study", choices=studies())
+    parser.add_argument("--mini", action="store_true", help="CoIN-mini and the small base, on a CPU")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", nargs="+", default=[], help="only these rows")
+    parser.add_argument("--split", choices=["test", "dev"], default="test")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--num-gpus", type=int)
+    parser.set_defaults(cells="triangle", batch_size=64)
+    options, more = parser.parse_known_args(given)
+    options.out = options.out or options.runs_dir / "tables" / options.study
+    try:
+        reproduce(options.study, options, more)
+    except (ValueError, OSError) as error:
+        if os.environ.get("LLACA_TRACEBACK"):
+            raise
+        sys.exit(f"reproduce: {error}\n(LLACA_TRACEBACK=1 shows where)")
+
+
+if __name__ == "__main__":
+    main()
