@@ -1,0 +1,96 @@
+"""What the documents tell a reader to do is done here."""
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from test_llaca_train import arguments, mini  # noqa: F401
+
+from eval.reproduce import command_lines, main, paper_rows, studies
+from llaca import config
+from llaca.config import load_recipe
+from llaca.methods import METHODS
+from llaca.train import run
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """The code blocks of a document."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / document).read_text(), re.DOTALL)
+
+
+def test_the_walkthrough_of_a_new_method(arguments, tmp_path, monkeypatch):  # noqa: F811
+    """The file and the settings as they stand in docs/extending.md: it trains, and pulls towards the stage's start."""
+    path = tmp_path / "l2.py"
+    path.write_text(blocks("extending.md", "python")[0])
+    spec = importlib.util.spec_from_file_location("l2", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shutil.copytree(config.CONFIGS, tmp_path / "configs")
+    (tmp_path / "configs/methods/l2.yaml").write_text(blocks("extending.md", "yaml")[0])
+    monkeypatch.setattr(config, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setitem(METHODS, "l2", module.L2)
+    apart = {}
+    for penalty in ("0.0", "1000.0"):
+        line = [*arguments[:-1], f"l2-{penalty}", "--method", "l2", "--penalty", penalty, "--tasks", "TextVQA", "GQA"]
+        stages = run(load_recipe(line)) / "stages"
+        start, end = (load_file(stages / f"{n}/adapter/adapter_model.safetensors") for n in ("01-TextVQA", "02-GQA"))
+        apart[penalty] = sum((end[name] - start[name]).square().sum() for name in start)
+    assert 0 < apart["1000.0"] < apart["0.0"] / 2
+    assert load_recipe([*arguments, "--method", "l2"]).method.penalty == 0.1
+
+
+def test_every_file_that_a_document_links_to_is_there():
+    for document in [ROOT / "README.md", ROOT / "checkpoints/README.md", *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document}: {link}"
+
+
+@pytest.mark.parametrize("name", studies())
+def test_every_row_of_every_study_can_be_run_and_has_its_printed_numbers(name):
+    study = studies()[name]
+    recipe = ROOT / "configs" / f"{study['recipe'] or 'coin_mini'}.yaml"
+    names = []
+    for own in command_lines(study, recipe, [0, 1], []).values():
+        for line in own:
+            loaded = load_recipe(line)
+            METHODS[loaded.method.method](loaded.method)
+            names.append(loaded.run.run)
+    assert len(set(names)) == len(names)
+    wanted = [row for row in study["rows"].values() if "paper" in row]
+    found = paper_rows(study, loaded.stream.tasks)
+    assert len(found) == len(wanted)
+    assert all(row.mean["Avg.ACC"] is not None for row in found.values())
+    script = ROOT / "scripts" / ("study_mini.sh" if name == "policies" else f"reproduce_{name}.sh")
+    assert f"eval.reproduce {name} " in script.read_text()
+
+
+def test_printed_numbers_of_table_7_stand_on_one_line():
+    row = paper_rows(studies()["table7"], ["ScienceQA"])["beta 0.992"]
+    assert (row.mean["ScienceQA"], row.mean["Avg.ACC"], row.mean["Forgetting"]) == (72.88, 60.69, 5.46)
+    assert row.mean["New.ACC"] == 65.24
+
+
+def test_table_3_says_that_it_is_of_another_model(capsys):
+    with pytest.raises(SystemExit, match="no LLaVA; --mini compares the methods"):
+        main(["table3"])
+
+
+def test_a_study_trains_evaluates_and_sets_the_papers_numbers_beside_ours(arguments, tmp_path, monkeypatch, capsys):  # noqa: F811
+    recipe = yaml.safe_load(Path(arguments[1]).read_text())
+    monkeypatch.setattr("eval.reproduce.MINI", Path(arguments[1]))
+    main(["table6", "--mini", "--rows", "LoRA", "LLaCA", "--seeds", "0", "1", "--runs-dir", str(tmp_path / "runs"),
+          "--out", str(tmp_path / "out"), "--max-train-samples", "8"])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert re.search(r"LLaCA \(n=2\) .*±", printed) and "printed: Dynamic EMA + instruction grouping" in printed
+    assert "64.64" in printed and "Question-only majority" in printed and len(recipe["tasks"]) == 3
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"table.md", "table.tex", "table.csv", "runs.csv"}
+    made = sorted(path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors"))
+    main(["table6", "--mini", "--rows", "LoRA", "LLaCA", "--seeds", "0", "1", "--runs-dir", str(tmp_path / "runs"),
+          "--out", str(tmp_path / "out"), "--max-train-samples", "8"])  # fmt: skip
+    assert made == sorted(path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors"))
