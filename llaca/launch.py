@@ -45,7 +45,7 @@ class Launcher(NamedTuple):
             nodes += ["--master-port", os.environ["MASTER_PORT"]] if "MASTER_PORT" in os.environ else []
             return [*line, *(nodes if "NNODES" in os.environ else ["--standalone"]), "-m", "--", *module]
         where = ["--hostfile", self.hostfile] if self.hostfile else []
-        return [*DEEPSPEED, *where, "--num_gpus", str(self.processes), "--module", *module]
+        return [*DEEPSPEED, *where, "--num_gpus", str(self.processes), "--no_local_rank", "--module", *module]
 
 
 def choose_launcher(name: str | None, gpus: int | None, hostfile: str | None, zero: str) -> Launcher:

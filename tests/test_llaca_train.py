@@ -227,6 +227,20 @@ def test_two_processes_under_zero_2_killed_and_started_again(arguments, tmp_path
     assert story["engine"] == "DeepSpeed ZeRO 2" and story["averaged"]
 
 
+@pytest.mark.slow
+def test_deepspeeds_own_launcher_trains_what_torchrun_trains(arguments, tmp_path):
+    """It hands its processes a --local_rank unless told not to."""
+    line = [*arguments[:-1], "r", "--method", "llaca", "--tasks", "TextVQA", "GQA", "--zero", "2", "--batch-size", "4"]
+    for launcher in ("deepspeed", "torchrun"):
+        runs = ["--runs-dir", str(tmp_path / launcher)]
+        done = subprocess.run(
+            choose_launcher(launcher, 2, None, "2").line([*line, *runs]), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (adapters(tmp_path / launcher / "r") for launcher in ("deepspeed", "torchrun"))
+    assert ours == theirs and len(ours) > 4
+
+
 def test_report_of_all_kinds_of_run(arguments, tmp_path, capsys):
     for method in ("lora", "llaca", "multi_task", "zero_shot"):
         run(load_recipe([*arguments[:-1], method, "--method", method]))
