@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Answers every seen task's test set with every stage's parameters, scores the answers and prints the tables.
 #
-#   bash eval_all.sh [--run NAME ...]      without arguments: every run under runs/
+#   bash eval_all.sh [--run NAME ...] [--cells final|diagonal|triangle|full] [--split dev] [--num-gpus N]
 #
+# Without arguments: every run under runs/, the lower triangle of the matrix, a process on every GPU or CPU core.
 # Writes runs/NAME/matrix.csv, metrics.json and figures/. Answers that exist are not computed again.
 source "$(dirname "$0")/scripts/env.sh"
 exec python -m eval.report "$@"
