@@ -1,8 +1,9 @@
 """Answers, scores, tables and figures of runs: `python -m eval.report [--run NAME ...]` (without: every run).
 
-Writes runs/NAME/{matrix.csv,metrics.json,scores.json} and figures/, and prints one table with a row per method, the
-seeds of a method taken together. Runs whose streams differ get tables of their own. With --cells full, also
-matrix_full.csv, whose first row is the base model's, and FWT.
+Writes runs/NAME/{matrix.csv,metrics.json,scores.json}, the official, legacy and lenient score of every answer under
+scores/, and figures/, and prints one table with a row per method, the seeds of a method taken together. Runs whose
+streams differ get tables of their own. With --cells full, also matrix_full.csv, whose first row is the base model's, and
+FWT.
 """
 
 import argparse
@@ -47,7 +48,12 @@ def score_run(run: Run) -> dict:
     @cache  # with grouping, many cells are one file
     def score(holder: str, task: str) -> TaskScore:
         answers = read_answers(run.answer_file(holder, task))
-        return score_task(task, answers, stream.data_root, stream.instructions, run.split, stream.max_test_samples)
+        limit = stream.max_test_samples
+        found = score_task(task, answers, stream.data_root, stream.instructions, run.split, limit)
+        each = folder / "scores" / holder / f"{task}.csv"
+        each.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame.from_dict(found.per_question, orient="index").to_csv(each, index_label="question_id")
+        return found
 
     scores = {(stage, task): score(holder, task) for stage, row in run.rows for task, holder in row.items()}
     cells = [

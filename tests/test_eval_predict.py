@@ -133,6 +133,9 @@ def test_full_cells_give_the_zero_shot_row_and_fwt(trained, tmp_path, capsys):
     by_hand += (whole.loc["02-TextVQA", "GQA"] - whole.loc[BASE, "GQA"]) / 2
     assert metrics["FWT"] == pytest.approx(by_hand)
     assert metrics["FWT"] == pytest.approx(forward_transfer(whole.iloc[1:].to_numpy(), whole.loc[BASE].to_numpy()))
+    each = pd.read_csv(folder / "scores/03-GQA/GQA.csv", index_col="question_id")
+    assert list(each) == ["official", "legacy", "lenient"] and len(each) == 7
+    assert 100 * each["official"].mean() == pytest.approx(whole.loc["03-GQA", "GQA"])
     report(["--runs-dir", str(tmp_path), "--cells", "final"])
     assert json.loads((folder / "metrics.json").read_text())["New.ACC"] is None
 
