@@ -2,7 +2,7 @@
 
 Writes runs/NAME/{matrix.csv,metrics.json,scores.json}, the official, legacy and lenient score of every answer under
 scores/, and figures/, and prints one table with a row per method, the seeds of a method taken together. Runs whose
-streams differ get tables of their own. With --cells full, also matrix_full.csv, whose first row is the base model's, and
+streams differ get tables of their own. With --cells full, also matrix_full.csv, with the base model's row on top, and
 FWT.
 """
 
