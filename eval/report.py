@@ -138,7 +138,7 @@ def facts(runs: list[Run], metrics: dict[str, dict]) -> pd.DataFrame:
     rows = []
     for run in runs:
         told = stories(run)
-        averaged = [story for story in told if story["averaged"]]
+        averaged = [story for story in told if "beta_median" in story]
         rows.append(
             {
                 "run": run.name,

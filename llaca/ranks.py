@@ -1,6 +1,7 @@
 """The processes of one run: one alone, or those that torchrun or DeepSpeed started."""
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -41,3 +42,10 @@ def first() -> bool:
 def wait() -> None:
     """Waits until every process is here."""
     PartialState().wait_for_everyone()
+
+
+def add_up(tensors: Sequence[torch.Tensor]) -> None:
+    """Puts the sum of the ranks' tensors into each of them, on every rank."""
+    if count() > 1:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)

@@ -248,6 +248,7 @@ def run(recipe: Recipe) -> Path:
             f"method {recipe.method.method} does not work with --zero {recipe.run.zero}; it does with "
             f"{', '.join(method.engines)} (none: one process or DDP)"
         )
+    method.check_model(recipe.model)
     ranks.start(recipe.run.zero)
     records = load_stream(recipe)
     if ranks.first():

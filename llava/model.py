@@ -7,6 +7,7 @@ PEFT is imported where it is needed: it brings bitsandbytes along, which nothing
 import copy
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -106,9 +107,16 @@ def image_tokens(config) -> int:
     return patches + (config.vision_feature_select_strategy == "full")
 
 
-def attach_lora(model: LlavaForConditionalGeneration, r: int, alpha: float, dropout: float) -> nn.Module:
+def attach_lora(
+    model: LlavaForConditionalGeneration,
+    r: int,
+    alpha: float,
+    dropout: float,
+    layer: Callable[..., nn.Module] | None = None,
+) -> nn.Module:
     """Return `model` with fresh LoRA adapters and a trainable copy of the projector; both train in float32.
 
+    `layer` makes the adapted linear layers, from the arguments of `peft.tuners.lora.Linear`; None: that class.
     Draws from torch's global generator: seed it before. Raises ValueError if anything else would train.
     """
     from peft import LoraConfig, get_peft_model
@@ -116,6 +124,8 @@ def attach_lora(model: LlavaForConditionalGeneration, r: int, alpha: float, drop
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, modules_to_save=list(PROJECTOR)
     )
+    if layer is not None:
+        config._register_custom_module({nn.Linear: layer})
     model = get_peft_model(model, config)
     for parameter in trainable_parameters(model).values():
         parameter.data = parameter.data.float()
@@ -231,7 +241,7 @@ def _check_processor(path: Path, config, processor: LlavaProcessor) -> None:
 
 
 def _check_trainables(model: nn.Module) -> None:
-    lora = re.compile(r".*\.language_model\..*\.lora_[AB]\.default\.weight")
+    lora = re.compile(r".*\.language_model\..*\.lora_(A|B|router)\.default\.weight")
     projector = re.compile(r".*\.multi_modal_projector\.(linear_1|linear_2)\.modules_to_save\.default\.(weight|bias)")
     names = list(trainable_parameters(model))
     stray = [name for name in names if not lora.fullmatch(name) and not projector.fullmatch(name)]

@@ -104,7 +104,7 @@ def test_ranks_share_the_records(view, monkeypatch):  # noqa: F811
     names, parts, summed = [name for name in view.weights() if "o_proj" in name], [], []
     whole = second_moments(view, names, 5)
     monkeypatch.setattr(model_tailor.ranks, "count", lambda: 2)
-    monkeypatch.setattr(model_tailor, "sum_over_ranks", summed.extend)
+    monkeypatch.setattr(model_tailor.ranks, "add_up", summed.extend)
     for rank in range(2):
         monkeypatch.setattr(model_tailor.ranks, "rank", lambda rank=rank: rank)
         parts.append(second_moments(view, names, 5))

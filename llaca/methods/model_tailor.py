@@ -1,0 +1,162 @@
+"""Model Tailor (Zhu et al., arXiv 2402.12048): a stage keeps a tenth of what it changed, adjusted for losing the rest.
+
+For a layer w [out, in] with inputs x, H = sum x x^T + damping, after a stage from w_old to w_new:
+
+    score       0.8 z(|w_new - w_old|) + 0.2 z(w_new^2 / u^2),    z standardises rows, in blocks of 128 columns
+    keep        K, the `keep_share` of a tensor with the highest scores; the rest R goes back to w_old
+    compensate  w[K] = w_new[K] - H_KK^-1 H_KR (w_old - w_new)[R],    row by row
+
+So a row's outputs are the nearest to those of w_new that any w with w[R] = w_old[R] has. H is that of
+`estimate_records` records of the stage, its damping 0.01 of the mean diagonal, and u the diagonal of the upper Cholesky
+factor of H^-1, as in SparseGPT and the released code: 1/u_j^2 is what of input j later inputs do not explain.
+
+The layers are LoRA's A and B, tensor by tensor, as LLaCA averages them, and w_old is the start of the stage. The
+projector goes back to it whole, as released. With keep_share 1 nothing goes back, the projector neither: LoRA.
+
+The released code tailors the last twelve blocks' full weights, keeps the share in each 128 columns, and lets only later
+columns compensate: it adds there what the equation subtracts. It takes each layer's inputs behind layers tailored
+already; here all are those of the trained model.
+
+Cost for LLaVA-7B at rank 128: H is 28 GB in all, so there are seven passes over the records, each collecting at most
+PASS_BYTES of it. Of its solves the largest are 128 rows of about 1100 unknowns.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llaca import ranks
+from llaca.config import MethodConfig
+from llaca.engine import Shards
+from llaca.methods.base import WHOLE_TENSORS, StageView
+from llaca.methods.merging import CoMA
+from llava.model import is_projector
+
+PASS_BYTES = 4 * 2**30
+SOLVE_BYTES = 2**28  # of the systems that are solved at once
+BLOCK = 128
+DAMPING = 0.01
+
+
+class ModelTailor(CoMA):
+    """Holds the start of the stage, as CoMA does, and returns to it but for a patch."""
+
+    fields = ("keep_share", "estimate_records")
+    engines = WHOLE_TENSORS
+
+    def __init__(self, config: MethodConfig):
+        super().__init__(config)
+        if config.keep_share is None or not 0 < config.keep_share <= 1:
+            raise ValueError(f"keep_share is {config.keep_share}; it must be above 0 and at most 1")
+
+    def after_task(self, shards: Shards, folder: Path) -> tuple[list[Tensor] | None, dict]:
+        if self.start is None or self.config.keep_share == 1:
+            return None, {}
+        tailored, trained = shards.layout.gather(self.start), shards.layout.gather(shards.parameters)
+        layers = {name: weight for name, weight in trained.items() if not is_projector(name)}
+        kept = adjusted = 0.0
+        for names in passes(layers):
+            for name, total in second_moments(self.stage, names, self.config.estimate_records).items():
+                H, old, new = damped(total), tailored[name].to(total.device), layers[name].to(total.device)
+                patch = top_share(score(new, old, H), self.config.keep_share)
+                compensation = compensations(new, old, patch, H)
+                tailored[name] = torch.where(patch, new - compensation, old).cpu()
+                kept += patch.sum().item()
+                adjusted += compensation.abs().sum().item()
+        told = {"kept_share": kept / sum(map(Tensor.numel, layers.values())), "mean_compensation": adjusted / kept}
+        return shards.layout.cut(tailored), told
+
+
+def passes(layers: dict[str, Tensor]) -> Iterator[list[str]]:
+    """The names of weights [out, in], in groups whose H take at most PASS_BYTES, or of one."""
+    group, size = [], 0
+    for name, weight in layers.items():
+        need = 4 * weight.shape[1] ** 2
+        if group and size + need > PASS_BYTES:
+            yield group
+            group, size = [], 0
+        group, size = [*group, name], size + need
+    yield group
+
+
+def second_moments(stage: StageView, names: list[str], records: int) -> dict[str, Tensor]:
+    """sum x x^T [in, in], float32, over the inputs x of the linear layers with these weights, a record's every token.
+
+    The records are drawn by the stage's seed, and the ranks share them; all of them get the sum.
+    """
+    from llava.trainer import answer_loss  # brings in PEFT and, where installed, bitsandbytes
+
+    moments, handles = {}, []
+    for name in names:
+        layer = stage.model.get_submodule(name.removesuffix(".weight"))
+        moments[name] = layer.weight.new_zeros(layer.in_features, layer.in_features, dtype=torch.float32)
+
+        def add(layer, inputs, total=moments[name]):
+            x = inputs[0].flatten(0, -2).float()
+            total.addmm_(x.T, x)
+
+        handles.append(layer.register_forward_pre_hook(add))
+    try:
+        with stage.evaluating(), torch.no_grad():
+            for batch in stage.batches(stage.draw(records)[ranks.rank() :: ranks.count()]):
+                answer_loss(stage.model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    ranks.add_up(list(moments.values()))
+    return moments
+
+
+def damped(moments: Tensor) -> Tensor:
+    """H in float64, DAMPING of its mean diagonal added to the diagonal; inputs that are always 0 count as 1 there."""
+    H = moments.to(torch.float64, copy=True)
+    diagonal = H.diagonal()
+    diagonal += torch.where(diagonal == 0, 1.0, 0.0)
+    diagonal += DAMPING * diagonal.mean()
+    return H
+
+
+def score(new: Tensor, old: Tensor, H: Tensor) -> Tensor:
+    """How much each weight of `new` [out, in] is worth keeping; `H` [in, in]."""
+    # A Cholesky diagonal is what earlier columns leave of each column; with the columns reversed it is 1 / u.
+    rest = torch.linalg.cholesky(H.flip(0, 1)).diagonal().flip(0)
+    return 0.8 * standardised((new - old).abs().double()) + 0.2 * standardised((new.double() * rest).square())
+
+
+def standardised(values: Tensor) -> Tensor:
+    """(v - mean) / standard deviation along the rows, in blocks of BLOCK columns; 0 where a row's are all the same."""
+    parts = []
+    for part in values.split(BLOCK, dim=1):
+        deviation, mean = torch.std_mean(part, dim=1, correction=0, keepdim=True)
+        parts.append((part - mean) / deviation.where(deviation > 0, 1))
+    return torch.cat(parts, dim=1)
+
+
+def top_share(scores: Tensor, share: float) -> Tensor:
+    """True for the round(share * numel), at least one, highest scores of a tensor."""
+    highest = scores.flatten().topk(max(1, round(share * scores.numel()))).indices
+    return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, highest, True).view(scores.shape)
+
+
+def compensations(new: Tensor, old: Tensor, patch: Tensor, H: Tensor) -> Tensor:
+    """H_KK^-1 H_KR (old - new)[R] of every row, in new's dtype: 0 outside of the `patch` K.
+
+    new, old, patch [out, in]; H [in, in], positive definite. Rows share H, but each has a K of its own: the systems of
+    several rows are padded to the longest with the identity, and solved at once.
+    """
+    pull = (old - new).double().masked_fill(patch, 0) @ H
+    order = patch.int().argsort(dim=1, descending=True, stable=True)  # each row's K comes first
+    longest = int(patch.sum(1).max())
+    found = torch.zeros_like(pull)
+    for rows in torch.arange(len(new), device=H.device).split(max(1, SOLVE_BYTES // (8 * longest**2))):
+        places = order[rows, :longest]
+        inside = patch[rows].gather(1, places)
+        systems = H[places.unsqueeze(2), places.unsqueeze(1)]
+        padding = torch.diag_embed((~inside).double())
+        systems = torch.where(inside.unsqueeze(2) & inside.unsqueeze(1), systems, padding)
+        wanted = pull[rows].gather(1, places).where(inside, 0).unsqueeze(2)
+        solved = torch.cholesky_solve(wanted, torch.linalg.cholesky(systems)).squeeze(2)
+        found[rows] = found[rows].scatter(1, places, solved)
+    return found.to(new.dtype)
