@@ -51,8 +51,11 @@ class Tap(TrainerCallback):
         self.layout, self.stage = layout_of(trainer), zero_stage(trainer)
         if self.stage == 0 and self.seen == "unclipped" and args.max_grad_norm > 0:
             raise ValueError("ZeRO 0 clips without telling by how much; use DDP, which is the same computation")
-        if self.method.edits_gradients and args.max_grad_norm > 0:
-            raise ValueError("this method changes gradients, and engines clip them at different times: max_grad_norm 0")
+        if self.method.edits_gradients and (args.max_grad_norm > 0 or args.fp16):
+            raise ValueError(
+                "this method changes gradients, and engines clip and unscale them at different times: max_grad_norm 0, "
+                "and bfloat16 or float32"
+            )
         if self.start is not None:
             self.layout.write(self.start)
             self.start = None

@@ -118,30 +118,21 @@ class Layout:
 
 
 def coming_gradients(trainer: "LlavaTrainer", layout: Layout) -> Shards:
-    """The gradients that the optimizer is about to use, to be changed in place: when it is first called in a step.
+    """The gradients that the optimizer is about to use, to be changed in place: when it is first called in a step. Not
+    for ZeRO 3.
 
-    ZeRO 1 and 2 call it for one group of parameters after the other and make a group's flat gradient only then; those
-    of the later groups lie in fragments, in the order of the partition. Not for clipped gradients: they clip as late.
+    ZeRO 1 and 2 call it for one group of parameters after the other, and join and cast a group's gradient only then;
+    here those of the later groups are joined and cast before. Clipping and unscaling come as late: not with them.
     """
     ready = {id(flat): flat.grad for flat in layout.flats if flat.grad is not None}
-    if zero_stage(trainer) not in (1, 2):
-        return layout.shards(ready)
-    zero, found = trainer.model_wrapped.optimizer, []
-    fragments: dict[int, dict[int, Tensor]] = {}
-    for group, flat in enumerate(layout.flats):
-        if id(flat) not in ready:
-            offset, fragments[id(flat)] = 0, {}
-            for fragment in zero.averaged_gradients[group]:
-                fragments[id(flat)][offset] = fragment.reshape(-1)
-                offset += fragment.numel()
-    for piece in layout.pieces:
-        if piece.flat is None:
-            found.append(layout.nothing)
-        elif id(piece.flat) in ready:
-            found.append(piece.of(ready[id(piece.flat)]))
-        else:
-            found.append(fragments[id(piece.flat)][piece.offset][: piece.numel])
-    return Shards(layout, layout.shards().parameters, found)
+    if zero_stage(trainer) in (1, 2):
+        fragments = trainer.model_wrapped.optimizer.averaged_gradients
+        for group, flat in enumerate(layout.flats):
+            if id(flat) not in ready:
+                joined = torch.cat([fragment.flatten() for fragment in fragments[group]]).to(flat.dtype)
+                fragments[group] = [joined]
+                ready[id(flat)] = joined
+    return layout.shards(ready)
 
 
 def show_model(trainer: "LlavaTrainer", layout: Layout) -> None:

@@ -1,10 +1,14 @@
 """The methods by name. To add one: write its file, name it here, and give it a line in configs/methods/."""
 
+from llaca.methods.agem import AGEM
 from llaca.methods.average import MovingAverage
 from llaca.methods.base import Method
 from llaca.methods.ewc import EWC
 from llaca.methods.lwf import LwF
 from llaca.methods.merging import CoFiMA, CoMA
+from llaca.methods.model_tailor import ModelTailor
+from llaca.methods.moelora import MoELoRA
+from llaca.methods.pgp import PGP
 from llaca.methods.reference import LoraPerTask, MultiTask, ZeroShot
 from llaca.methods.replay import Replay
 
@@ -17,8 +21,12 @@ METHODS: dict[str, type[Method]] = {
     "ewc": EWC,
     "lwf": LwF,
     "replay": Replay,
+    "agem": AGEM,
+    "pgp": PGP,
     "coma": CoMA,
     "cofima": CoFiMA,
+    "model_tailor": ModelTailor,
+    "moelora": MoELoRA,
     "eproj": Method,
     "fixed_ema": MovingAverage,
     "llaca": MovingAverage,

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llaca import ranks
 from llaca.config import METHOD_FIELDS, MethodConfig, ModelConfig
 from llaca.engine import Shards
 from llava.dataset import Collator, InstructionDataset
@@ -95,6 +94,9 @@ class Method(TrainHooks):
         """Whether this stage needs after_backward and after_step."""
         return self.edits_gradients or self.edits_weights
 
+    def check_model(self, config: ModelConfig) -> None:
+        """Raises ValueError if the method cannot adapt such a model: before anything is trained."""
+
     def attach(self, model: nn.Module, config: ModelConfig) -> nn.Module:
         """The model with what is trained attached, in training and in evaluation."""
         return attach_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
@@ -131,10 +133,3 @@ class Method(TrainHooks):
 
     def load_state_dict(self, state: dict) -> None:
         """Take over a `state_dict`, after before_task."""
-
-
-def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Adds up the ranks' tensors, in place, on every rank."""
-    if ranks.count() > 1:
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)

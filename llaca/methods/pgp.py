@@ -1,0 +1,169 @@
+"""PGP, gradient projection for parameter-efficient tuning (Qiao et al., "Prompt Gradient Projection for Continual
+Learning", ICLR 2024; for LoRA: arXiv 2405.13383): later tasks leave alone what a layer does to earlier tasks' inputs.
+
+    W <- W_start + (W - W_start)(I - U U^T)     after every optimizer step
+
+U holds orthonormal directions of the layer's inputs, so W x stays what it was for every x in their span. Each layer
+that trains has its own: LoRA's A (inputs x), its B (inputs A x), the projector's linears; a bias, whose input is the
+constant 1, rests. After a stage U is extended by the rule of GPM (Saha et al., arXiv 2103.09762): with X the inputs of
+some of its records, as columns, by leading left singular vectors of (I - U U^T) X until U holds the share `energy` of
+|X|^2. They are eigenvectors of the projected X X^T, a sum over the records; X itself is never stored.
+
+The published code projects the gradient, but what Adam makes of a projected gradient leaves the subspace: here the
+movement since the stage's start is projected. With SGD both are the same.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from llaca import ranks
+from llaca.config import MethodConfig
+from llaca.engine import Layout, Piece, Shards
+from llaca.methods.base import WHOLE_TENSORS, Method, StageView
+
+PASS = 56  # tensors whose inputs are summed up in one pass over the records: four blocks' LoRA, about 3.5 GB at 7B
+
+
+class PGP(Method):
+    """LoRA that moves only where earlier tasks' inputs do not reach."""
+
+    fields = ("energy", "estimate_records")
+    engines = WHOLE_TENSORS
+    edits_weights = True
+    basis: dict[str, Tensor]  # name -> U [inputs, directions]; empty before the first task
+
+    def __init__(self, config: MethodConfig):
+        super().__init__(config)
+        if config.energy is None or not 0 <= config.energy <= 1:
+            raise ValueError(f"method {config.method}: energy is {config.energy}; it is a share, from 0 to 1")
+
+    @property
+    def watches(self) -> bool:
+        return any(basis.numel() for basis in self.basis.values())
+
+    def recall(self, memory: dict) -> None:
+        device = next(iter(self.stage.weights().values())).device
+        self.basis = {name: basis.to(device) for name, basis in memory.get("basis", {}).items()}
+
+    def before_task(self, shards: Shards, matched: bool, steps: int) -> None:
+        self.start = [p.detach().clone() for p in shards.parameters] if self.watches else []
+        self.cut, self.places = cut_rows(shards.layout) if self.watches else ([], 0)
+
+    def after_step(self, shards: Shards) -> None:
+        """Takes the movement along U out of the weights, in place."""
+        pieces, weights = shards.layout.pieces, shards.parameters
+        bases = [self.basis[piece.name] for piece in pieces]
+        with torch.no_grad(), exact_products():
+            items = zip(pieces, weights, self.start, bases, strict=True)
+            along = [rows_of(piece, weight - start) @ basis for piece, weight, start, basis in items]
+            if self.places:
+                table = along[0].new_zeros(self.places, max(basis.shape[1] for basis in bases))
+                for index, row, place in self.cut:
+                    table[place, : bases[index].shape[1]] = along[index][row]
+                table = shards.sum(table)
+                for index, row, place in self.cut:
+                    along[index][row] = table[place, : bases[index].shape[1]]
+            for piece, weight, rows, basis in zip(pieces, weights, along, bases, strict=True):
+                first = piece.start % width(piece.shape)
+                weight.sub_((rows @ basis.T).flatten()[first : first + piece.numel].view_as(weight))
+
+    def after_task(self, shards: Shards, folder: Path) -> tuple[None, dict]:
+        names, records, energy = list(self.stage.weights()), self.config.estimate_records, self.config.energy
+        for first in range(0, len(names), PASS):
+            energies = input_energies(self.stage, names[first : first + PASS], records)
+            self.basis |= {name: extended(self.basis.get(name), energies.pop(name), energy) for name in list(energies)}
+        inputs, directions = (sum(basis.shape[axis] for basis in self.basis.values()) for axis in (0, 1))
+        return None, {"protected_share": directions / inputs}
+
+    def memory(self) -> dict:
+        return {"basis": {name: basis.cpu() for name, basis in self.basis.items()}}
+
+    def state_dict(self) -> dict:
+        return {"start": self.start}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.start = [old.to(new.device) for old, new in zip(state["start"], self.start, strict=True)]
+
+
+def width(shape: torch.Size) -> int:
+    """Inputs of the layer that a tensor of this shape is the weight [outputs, inputs] or the bias [outputs] of."""
+    return shape[1] if len(shape) == 2 else 1
+
+
+def rows_of(piece: Piece, values: Tensor) -> Tensor:
+    """The rows [rows, inputs] of a tensor that a rank's piece touches, zero where another rank has the elements."""
+    before, inputs = piece.start % width(piece.shape), width(piece.shape)
+    return pad(values.flatten(), (before, -(before + piece.numel) % inputs)).view(-1, inputs)
+
+
+def cut_rows(layout: Layout) -> tuple[list[tuple[int, int, int]], int]:
+    """The rows that lie on several ranks, each of which has a part of the sums over them: (number of the piece, row of
+    its `rows_of`, place in a table of all such rows) of those on this rank, and how many there are in all."""
+    if not layout.sharded:
+        return [], 0
+    mine = {}
+    for index, piece in enumerate(layout.pieces):
+        for edge in (piece.start, piece.start + piece.numel):
+            row, column = divmod(edge, width(piece.shape))
+            if column:
+                mine[piece.name, row] = index, row - piece.start // width(piece.shape)
+    everyone = [None] * ranks.count()
+    torch.distributed.all_gather_object(everyone, list(mine))
+    places = sorted({row for rows in everyone for row in rows})
+    return [(*here, places.index(row)) for row, here in mine.items()], len(places)
+
+
+def input_energies(stage: StageView, names: Collection[str], records: int) -> dict[str, Tensor]:
+    """X X^T [inputs, inputs], float32, of the layers of these weights and biases: x x^T summed up over all tokens (or
+    patches) of so many records. The stage's seed draws the records, and the ranks share them; all get the sum."""
+    from llava.trainer import answer_loss  # brings in PEFT and, where installed, bitsandbytes
+
+    weights = {name: weight for name, weight in stage.weights().items() if name in names}
+    energies = {name: weight.new_zeros([width(weight.shape)] * 2).float() for name, weight in weights.items()}
+    drawn = stage.draw(records)
+
+    def add(name, layer, inputs):
+        x = inputs[0].flatten(0, -2).float()
+        x = x if weights[name].dim() == 2 else x.new_ones(len(x), 1)
+        energies[name].addmm_(x.T, x)
+
+    with ExitStack() as hooks, stage.evaluating(), torch.no_grad(), exact_products():
+        for name in weights:
+            layer = stage.model.get_submodule(name.rpartition(".")[0])
+            hooks.callback(layer.register_forward_pre_hook(partial(add, name)).remove)
+        for batch in stage.batches(drawn[ranks.rank() :: ranks.count()]):
+            answer_loss(stage.model, batch)
+    ranks.add_up(list(energies.values()))
+    return energies
+
+
+def extended(basis: Tensor | None, energies: Tensor, energy: float) -> Tensor:
+    """GPM's rule: the orthonormal columns of `basis` [inputs, k] and as many more, the leading ones of X X^T outside of
+    their span, as it takes until all hold the share `energy` of its trace. Float32."""
+    energies = energies.double()
+    basis = energies.new_empty(len(energies), 0) if basis is None else basis.double()
+    rest = energies - basis @ (basis.T @ energies)
+    rest = rest - (rest @ basis) @ basis.T
+    values, vectors = torch.linalg.eigh((rest + rest.T) / 2)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    total = energies.trace()
+    held = (total - values.sum()).clamp(min=0) + values.cumsum(0) - values  # by the basis and the directions before
+    count = int(((held < energy * total) & (values > 1e-7 * total)).sum())  # less is rounding
+    return torch.cat([basis, vectors[:, :count]], dim=1).float()
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Float32 products of float32 factors meanwhile, where the recipe lets the GPU round them (TF32)."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

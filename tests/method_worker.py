@@ -1,0 +1,90 @@
+"""What tests/test_llaca_projection.py runs in several processes: a method with a memory trains some steps.
+
+torchrun ... tests/method_worker.py BASE DATA OUT none|DEEPSPEED.json METHOD ...
+
+OUT.METHOD.pt gets the trained weights, what the method reports and, for PGP, the directions X X^T that it collects.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from llaca import ranks
+from llaca.callbacks import Tap
+from llaca.config import load_recipe
+from llaca.methods import METHODS
+from llaca.methods.base import StageView
+from llaca.methods.pgp import input_energies, width
+from llava.dataset import InstructionDataset, load_samples
+from llava.model import attach_lora, load_base, trainable_parameters
+from llava.trainer import LlavaTrainer, training_arguments
+
+
+def memory_of(name: str, model: torch.nn.Module) -> dict:
+    """Records with other answers than the stage's, or random directions: half of every layer's inputs."""
+    if name == "agem":
+        return {"buffer": {"old": [0, 2, 5, 11, 14]}}
+    generator, basis = torch.Generator().manual_seed(3), {}
+    for key, weight in trainable_parameters(model).items():
+        inputs = width(weight.shape)
+        basis[key] = torch.linalg.qr(torch.randn(inputs, inputs, generator=generator)).Q[:, : inputs // 2].contiguous()
+    return {"basis": basis}
+
+
+def train(name: str, base: Path, data: Path, folder: Path, zero: str | None) -> dict:
+    """Four optimizer steps of two micro-batches, on as many ranks as there are."""
+    torch.manual_seed(0)
+    model, processor = load_base(base)
+    model = attach_lora(model, 3, 6, 0.0)  # dropout would differ: every rank draws its own
+    for key, weight in trainable_parameters(model).items():
+        if "lora_B" in key:
+            torch.nn.init.normal_(weight, 0, 0.1)
+        # Two equal blocks would be cut between them. So two ranks share a row of the first one's down_proj.lora_A.
+        weight.requires_grad_("layers.1.mlp.gate_proj" not in key)
+    samples = load_samples(data / "train.json", data)
+    others = [replace(s, turns=tuple((question, "The bird.") for question, _ in s.turns)) for s in samples]
+    own, old = (InstructionDataset(each, processor, 36, 512) for each in (samples, others))
+    method = METHODS[name](load_recipe(["--method", name]).method)
+    method.stage = StageView("new", model, own, 0, seed=5)
+    method.recall(memory_of(name, model))
+    dataset = method.extend(own, {"new": own, "old": old})
+    arguments = training_arguments(
+        folder / name,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2 // ranks.count(),
+        max_steps=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        disable_tqdm=True,
+        deepspeed=zero,
+    )
+    trainer = LlavaTrainer(model, arguments, dataset, 0, 1e-3, "global", method)
+    tap = Tap(method, True, 4, None, "clipped")
+    tap.attach(trainer)
+    trainer.train()
+    unset_hf_deepspeed_config()
+    told = {"weights": tap.layout.gather(tap.layout.shards().parameters)}
+    shown = {key: weight.detach().float().clone() for key, weight in trainable_parameters(model).items()}
+    told["shown"] = all(torch.equal(shown[key], weight) for key, weight in told["weights"].items())
+    if name == "pgp":
+        told["cut"] = method.places
+        told["energies"] = input_energies(method.stage, list(shown), 6)
+    told["report"] = method.after_task(tap.layout.shards(), folder)[1]
+    return told
+
+
+def main() -> None:
+    base, data, out, zero, *names = sys.argv[1:]
+    ranks.start("none" if zero == "none" else "2")
+    for name in names:
+        told = train(name, Path(base), Path(data), Path(out).parent, None if zero == "none" else zero)
+        if ranks.first():
+            torch.save(told, f"{out}.{name}.pt")
+
+
+if __name__ == "__main__":
+    main()
