@@ -189,7 +189,7 @@ class Checkpoints(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self.checkpoint is not None:
             path = self._state_file(self.checkpoint, args.process_index)
-            self.tap.method.load_state_dict(torch.load(path, weights_only=True))
+            self.tap.method.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
             told = json.loads((self.checkpoint / "COMPLETE").read_text(encoding="utf-8"))
             self._before = told["seconds"]
         self._started = time.monotonic()

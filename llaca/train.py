@@ -153,7 +153,7 @@ def train_stage(
     own, pad_id = datasets[stage.task], student.processor.tokenizer.pad_token_id
     method.stage = StageView(stage.task, student.model, own, pad_id, stage_seed)
     known = stage.folder.parent / choice.start / MEMORY if choice.matched else None
-    method.recall(torch.load(known, weights_only=True) if known and known.is_file() else {})
+    method.recall(torch.load(known, map_location="cpu", weights_only=True) if known and known.is_file() else {})
     dataset = method.extend(own, datasets)
     bar.total += stage_steps(settings, len(dataset)) - stage_steps(settings, len(own))
     trainer = LlavaTrainer(

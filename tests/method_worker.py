@@ -2,7 +2,7 @@
 
 torchrun ... tests/method_worker.py BASE DATA OUT none|DEEPSPEED.json METHOD ...
 
-OUT.METHOD.pt gets the trained weights, what the method reports and, for PGP, the directions X X^T that it collects.
+OUT.METHOD.pt gets the trained weights, what the method reports and, for PGP, X X^T of every layer's inputs.
 """
 
 import sys
