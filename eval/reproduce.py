@@ -2,7 +2,7 @@
 
     python -m eval.reproduce table1 [--mini] [--seeds 0 1 2] [--out DIR] [--rows LLaCA LoRA]
 
-scripts/reproduce_*.sh call it. The runs of each table stand in configs/studies.yaml. A run has the name that
+scripts/reproduce_*.sh call it. The runs of each table stand in eval/studies.yaml. A run has the name that
 train_continual.sh gives it, so tables share runs, and what is done is not repeated. --mini: the recipe of CoIN-mini, as
 many runs at a time as there are cores.
 Writes table.{txt,md,csv,tex}, runs.csv and figures into DIR (default: runs/tables/NAME), seeds taken together.
@@ -33,8 +33,8 @@ MINI = CONFIGS / "coin_mini.yaml"
 
 
 def studies() -> dict[str, dict[str, Any]]:
-    """configs/studies.yaml."""
-    return yaml.safe_load((CONFIGS / "studies.yaml").read_text(encoding="utf-8"))
+    """eval/studies.yaml."""
+    return yaml.safe_load(Path(__file__).with_name("studies.yaml").read_text(encoding="utf-8"))
 
 
 def command_lines(study: dict[str, Any], recipe: Path, seeds: Sequence[int], more: list[str]) -> dict[str, list[list]]:
