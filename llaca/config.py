@@ -111,6 +111,11 @@ class TrainConfig:
         default_factory=dict, metadata={"help": "task name -> overrides of this section's fields (YAML only)"}
     )
 
+    def steps(self, records: int, devices: int) -> int:
+        """Optimizer steps of a stage with so many records, as transformers' Trainer counts them."""
+        batches = -(-records // (self.batch_size * devices))
+        return int(-(-self.epochs * max(1, -(-batches // self.gradient_accumulation)) // 1))
+
 
 @dataclass
 class MethodConfig:

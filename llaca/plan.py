@@ -31,7 +31,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from data.benchmark import train_file
 from llaca.beta import settings_of
-from llaca.config import Recipe, TrainConfig, load_recipe
+from llaca.config import Recipe, load_recipe
 from llaca.ema import BLOCK, kept_of_the_past
 from llava.model import LORA_TARGETS, NF4_BLOCK, attach_lora, image_tokens, is_projector, trainable_parameters
 
@@ -176,12 +176,6 @@ def plan(recipe: Recipe, gpus: int, tokens: int, device: str = "cuda") -> dict[s
     return found
 
 
-def steps(settings: TrainConfig, gpus: int, records: int) -> int:
-    """Optimizer steps of a stage with so many records."""
-    batches = -(-records // (settings.batch_size * gpus))
-    return int(-(-settings.epochs * max(1, -(-batches // settings.gradient_accumulation)) // 1))
-
-
 def stages(recipe: Recipe, gpus: int) -> list[dict]:
     """Batches of every task and, where its training file is there, its records and steps."""
     rows = []
@@ -194,7 +188,7 @@ def stages(recipe: Recipe, gpus: int) -> list[dict]:
                 json.loads(train_file(recipe.stream.data_root, recipe.stream.instructions, task).read_bytes())
             )
             records = min(records, recipe.stream.max_train_samples or records)
-            row |= {"records": records, "steps": steps(settings, gpus, records)}
+            row |= {"records": records, "steps": settings.steps(records, gpus)}
         except FileNotFoundError:
             row |= {"records": None, "steps": None}
         rows.append(row)

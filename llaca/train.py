@@ -117,12 +117,6 @@ def stage_datasets(
     }
 
 
-def stage_steps(settings: TrainConfig, samples: int) -> int:
-    """Optimizer steps of a stage with this many samples, as the Trainer counts them."""
-    batches = -(-samples // (settings.batch_size * ranks.count()))
-    return int(-(-settings.epochs * max(1, -(-batches // settings.gradient_accumulation)) // 1))
-
-
 def train_stage(
     recipe: Recipe,
     stage: Stage,
@@ -155,7 +149,8 @@ def train_stage(
     known = stage.folder.parent / choice.start / MEMORY if choice.matched else None
     method.recall(torch.load(known, map_location="cpu", weights_only=True) if known and known.is_file() else {})
     dataset = method.extend(own, datasets)
-    bar.total += stage_steps(settings, len(dataset)) - stage_steps(settings, len(own))
+    steps = settings.steps(len(dataset), ranks.count())
+    bar.total += steps - settings.steps(len(own), ranks.count())
     trainer = LlavaTrainer(
         student.model,
         trainer_arguments(recipe, settings, stage, stage_seed, folder),
@@ -165,7 +160,7 @@ def train_stage(
         normalisation=settings.loss_normalisation,
         hooks=method,
     )
-    tap = Tap(method, choice.matched, stage_steps(settings, len(dataset)), start, recipe.method.seen_gradient)
+    tap = Tap(method, choice.matched, steps, start, recipe.method.seen_gradient)
     tap.attach(trainer)
     checkpoints, stop = Checkpoints(tap, folder / "trainer", checkpoint), StopOnSignal()
     trainer.add_callback(checkpoints)
@@ -276,7 +271,7 @@ def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, Loaded]
     )
     pool = Pool(recipe.method.grouping, codebook, recipe.method.new_group_start, method.oracle)
     settings = {stage.name: recipe.for_stage(stage.tasks, ranks.count()) for stage in stages}
-    total = sum(stage_steps(settings[stage.name], len(datasets[stage.task])) for stage in stages)
+    total = sum(settings[stage.name].steps(len(datasets[stage.task]), ranks.count()) for stage in stages)
     line = int(os.environ.get("LLACA_BAR", 0))  # of the terminal, where several runs share it
     with tqdm(total=total, desc=recipe.run.run, unit="step", position=line, disable=not ranks.first()) as bar:
         for stage in stages:

@@ -209,6 +209,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 
 
 def check_same(source: str, wanted: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError listing missing, unexpected and misshapen tensors of `given`, which comes from `source`."""
     faults = {
         "missing": sorted(wanted.keys() - given.keys()),
         "unexpected": sorted(given.keys() - wanted.keys()),

@@ -10,7 +10,7 @@ from test_llaca_engine import ROOT, TORCHRUN, work
 
 from llaca.config import CONFIGS, load_recipe
 from llaca.ema import DynamicAverage
-from llaca.plan import REDUCE_BUCKET, average_bytes, base_bytes, blank_model, counts, plan, steps
+from llaca.plan import REDUCE_BUCKET, average_bytes, base_bytes, blank_model, counts, plan
 from llava.model import load_base, trainable_parameters
 
 SEVEN = ["--recipe", str(CONFIGS / "coin_llava7b.yaml")]
@@ -79,7 +79,7 @@ def test_activations_grow_with_what_makes_them(tmp_path):
 )
 def test_steps(records, gpus, batch, accumulation, epochs, wanted):
     line = ["--batch_size", str(batch), "--gradient_accumulation", str(accumulation), "--epochs", str(epochs)]
-    assert steps(load_recipe(line).train, gpus, records) == wanted
+    assert load_recipe(line).train.steps(records, gpus) == wanted
 
 
 def test_the_command_says_what_fits_and_needs_no_weights():

@@ -22,7 +22,7 @@ from eval.tables import read_matrix
 from llaca.config import load_recipe
 from llaca.launch import choose_launcher, commands
 from llaca.stream import only_one
-from llaca.train import run, stage_steps
+from llaca.train import run
 from llava.dataset import DataError
 
 TASKS = ["ScienceQA", "TextVQA", "GQA"]
@@ -397,4 +397,4 @@ def test_the_steps_announced_are_the_steps_made(arguments, samples, epochs, accu
     recipe = load_recipe([*line, str(samples), "--gradient-accumulation", str(accumulation)])
     folder = run(recipe)
     made = json.loads((folder / "stages" / "01-TextVQA" / "stage.json").read_text())["steps"]
-    assert made == stage_steps(recipe.train, min(samples, 24))
+    assert made == recipe.train.steps(min(samples, 24), 1)
