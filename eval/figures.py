@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from eval.metrics import check_matrix, is_single
@@ -17,6 +19,8 @@ from eval.metrics import check_matrix, is_single
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # not as many as colours: 56 styles
 PANELS_A_ROW = 4
+MATRICES_A_ROW = 3
+BETA_SHOWN = (1e-2, 1 - 1e-4)  # the axis is logarithmic towards 0 and towards 1
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -47,20 +51,48 @@ def accuracy_heatmap(A: np.ndarray, tasks: Sequence[str], title: str, path: Path
     with rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(1.2 + 0.85 * A.shape[1], 1.6 + 0.45 * len(A)), layout="constrained")
         axes = figure.subplots()
-        image = axes.imshow(np.ma.masked_invalid(A), cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
-        for (stage, task), value in np.ndenumerate(A):
-            if not np.isnan(value):
-                ink = "white" if value > 55 else "black"
-                axes.text(task, stage, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=9)
-        axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(A)), [""] if is_single(A) else tasks)
+        image = draw_matrix(axes, A, tasks, title, 9)
         axes.set_xlabel("evaluated on")
         axes.set_ylabel("" if is_single(A) else "after training on")
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        axes.set_title(title)
         figure.colorbar(image, ax=axes, label="accuracy, %", pad=0.02)
         save(figure, path)
+
+
+def accuracy_heatmaps(runs: Mapping[str, tuple[np.ndarray, Sequence[str]]], path: Path | str) -> None:
+    """A panel per run: `accuracy_heatmap` of those that have stages; `runs` as in `accuracy_over_stages`."""
+    tasks = common_order(runs)
+    several = {label: np.asarray(A, float) for label, (A, _) in runs.items() if not is_single(A)}
+    if not several:
+        raise ValueError("no run with stages to draw")
+    columns = min(MATRICES_A_ROW, len(several))
+    rows = -(-len(several) // columns)
+    with rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(4.4 * columns, 2.7 * rows + 0.8), layout="constrained")
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(several) :]:
+            axes.set_visible(False)
+        for axes, (label, A) in zip(grid.flat, several.items(), strict=False):
+            image = draw_matrix(axes, A, tasks, label, 7.5)
+            axes.tick_params(labelbottom=axes in grid.flat[max(0, len(several) - columns) :])
+        figure.supxlabel("evaluated on")
+        figure.supylabel("after training on")
+        figure.colorbar(image, ax=grid, label="accuracy, %", pad=0.01, shrink=min(1.0, 2 / rows))
+        save(figure, path)
+
+
+def draw_matrix(axes: Axes, A: np.ndarray, tasks: Sequence[str], title: str, fontsize: float) -> AxesImage:
+    """One matrix with its cells written out."""
+    image = axes.imshow(np.ma.masked_invalid(A), cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
+    for (stage, task), value in np.ndenumerate(A):
+        if not np.isnan(value):
+            ink = "white" if value > 55 else "black"
+            axes.text(task, stage, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=fontsize)
+    axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(A)), [""] if is_single(A) else tasks)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_title(title)
+    return image
 
 
 def accuracy_over_stages(runs: Mapping[str, tuple[np.ndarray, Sequence[str]]], path: Path | str) -> None:
@@ -134,4 +166,51 @@ def average_vs_forgetting(points: Mapping[str, np.ndarray], path: Path | str) ->
         axes.set_ylabel("Avg.ACC, % (higher is better)")
         axes.margins(0.12)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        save(figure, path)
+
+
+def beta_over_steps(runs: Mapping[str, Sequence[tuple[str, int, pd.DataFrame | None]]], path: Path | str) -> None:
+    """The balance weight over a stream's optimizer steps, two panels per run: beta (median over the tensors, and the
+    band from 5 to 95 %), and below it the share of tensors whose beta fell back.
+
+    `runs` maps a label to (task, optimizer steps, trace) of every stage in its order. A trace has a row per step with
+    the columns step, beta_q05, beta_q50, beta_q95 and fallback_share; None where the stage did not average.
+    """
+    if not runs:
+        raise ValueError("no runs to draw")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 3.0 * len(runs) + 0.4), layout="constrained")
+        panels = figure.subplots(2 * len(runs), 1, squeeze=False, height_ratios=[3, 1] * len(runs))[:, 0]
+        for number, (label, stages) in enumerate(runs.items()):
+            upper, lower = panels[2 * number : 2 * number + 2]
+            end = 0
+            for task, steps, trace in stages:
+                middle = end + steps / 2
+                words = {"transform": upper.get_xaxis_transform(), "ha": "center", "fontsize": 8}
+                upper.text(middle, 1.02, task, **words)
+                if trace is None:
+                    upper.axvspan(end, end + steps, color="#eeeeee", linewidth=0)
+                    upper.text(middle, 0.5, "no average", **words)
+                else:
+                    low, median, high = (trace[f"beta_q{q}"].clip(*BETA_SHOWN) for q in ("05", "50", "95"))
+                    upper.fill_between(end + trace["step"], low, high, color=COLOURS[4], alpha=0.4, linewidth=0)
+                    upper.plot(end + trace["step"], median, color=COLOURS[0], linewidth=0.9)
+                    lower.fill_between(
+                        end + trace["step"], 100 * trace["fallback_share"], color=COLOURS[1], step="mid", linewidth=0
+                    )
+                end += steps
+                upper.axvline(end, color="#999999", linewidth=0.6)
+                lower.axvline(end, color="#999999", linewidth=0.6)
+            upper.set_yscale("logit")
+            upper.set_yticks(ticks := [0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999], [f"{tick:g}" for tick in ticks])
+            upper.minorticks_off()
+            upper.set_ylim(BETA_SHOWN[0] / 1.3, 1 - (1 - BETA_SHOWN[1]) / 1.3)
+            upper.set_xlim(0, end)
+            upper.tick_params(labelbottom=False)
+            upper.set_ylabel("beta")
+            upper.set_title(label, pad=18, loc="left")
+            lower.set_xlim(0, end)
+            lower.set_ylim(0, 100)
+            lower.set_ylabel("fell\nback, %")
+        panels[-1].set_xlabel("optimizer step of the stream")
         save(figure, path)

@@ -20,7 +20,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from eval.figures import accuracy_heatmap, accuracy_over_stages, average_vs_forgetting
+from eval.figures import (
+    accuracy_heatmap,
+    accuracy_heatmaps,
+    accuracy_over_stages,
+    average_vs_forgetting,
+    beta_over_steps,
+)
 from eval.metrics import forward_transfer
 from eval.predict import BASE, Run, answer_share, arguments, chosen_runs, merge_parts
 from eval.score import TaskScore, majority_baseline, read_answers, score_task
@@ -28,6 +34,7 @@ from eval.tables import Table, method_row, read_matrix, results_table, write_mat
 from eval.tasks import MODES
 
 ALONE = 4000  # questions that one process answers about as fast as two, which have to start first
+LINES = 10  # that a figure can tell apart
 FORMATS = {"txt": Table.text, "md": Table.markdown, "csv": Table.csv, "tex": Table.latex}
 
 
@@ -134,7 +141,10 @@ def summary(runs: list[Run], metrics: dict[str, dict], out: Path, paper: bool = 
 
 
 def facts(runs: list[Run], metrics: dict[str, dict]) -> pd.DataFrame:
-    """What lies behind a table, a row per run: commit, minutes of training, figures, and how often beta fell back."""
+    """What lies behind a table, a row per run: commit, cost of training, figures, and how often beta fell back.
+
+    Seconds per step are of the stages' whole time, what a method does after its last step included.
+    """
     rows = []
     for run in runs:
         told = stories(run)
@@ -146,7 +156,10 @@ def facts(runs: list[Run], metrics: dict[str, dict]) -> pd.DataFrame:
                 "seed": run.recipe.run.seed,
                 "commit": json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))["commit"],
                 "minutes": sum(story["seconds"] for story in told) / 60,
-                "steps": sum(story["steps"] for story in told),
+                "steps": (steps := sum(story["steps"] for story in told)),
+                "trained parameters": max((story["trained_parameters"] for story in told), default=0),
+                "seconds per step": sum(story["seconds"] for story in told) / steps if steps else None,
+                "peak GB": max((story["peak_memory_bytes"] / 1e9 for story in told), default=None),
                 **{key: metrics[run.name][key] for key in ("Avg.ACC", "Forgetting", "New.ACC", "MAA", "BWT")},
                 "averaged stages": len(averaged),
                 **{
@@ -157,6 +170,23 @@ def facts(runs: list[Run], metrics: dict[str, dict]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def costs(behind: pd.DataFrame) -> str:
+    """What each method took, as a GitHub table: means over the runs of `facts`, the largest peak of memory."""
+    groups = behind.groupby("method", sort=False)
+    lines = [["Method", "Trained parameters", "Steps", "Seconds per step", "Minutes", "Peak memory, GB"], ["---"]]
+    lines[1] += ["---:"] * 5
+    for method, runs in groups:
+        mean = runs.mean(numeric_only=True)
+        if mean["steps"]:
+            told = [f"{mean['trained parameters']:,.0f}", f"{mean['steps']:,.0f}", f"{mean['seconds per step']:.3f}"]
+            lines.append([method, *told, f"{mean['minutes']:.1f}", f"{runs['peak GB'].max():.2f}"])
+    notes = [
+        "Seconds per step: the stages' whole time by their steps, with what the method does between and after them.",
+        "Peak memory: of the process with most; on a GPU what torch allocated, else resident, libraries included.",
+    ]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *(f"- {note}" for note in notes), ""])
 
 
 def format_notes(methods: dict[str, list[Run]], metrics: dict[str, dict]) -> list[str]:
@@ -191,16 +221,39 @@ def fallback_notes(behind: pd.DataFrame) -> list[str]:
 
 
 def draw(methods: dict[str, list[Run]], metrics: dict[str, dict], out: Path) -> None:
-    """The figures over methods: accuracy over the stages (mean over seeds), Avg.ACC against Forgetting."""
-    lines, points = {}, {}
+    """The figures over methods: every matrix (mean over seeds), accuracy over the stages (if the lines can be told
+    apart), Avg.ACC against Forgetting, and beta over the steps of each averaging method's first run."""
+    lines, points, betas = {}, {}, {}
     for label, members in methods.items():
         matrices = [read_matrix(output_folder(run) / "matrix.csv")[0] for run in members]
         lines[label] = (np.mean(matrices, axis=0), members[0].tasks)
         if metrics[members[0].name]["Forgetting"] is not None:
             points[label] = np.array([[metrics[m.name][k] for k in ("Avg.ACC", "Forgetting")] for m in members])
-    accuracy_over_stages(lines, out / "accuracy_over_stages.png")
+        traces = beta_traces(members[0])
+        if any(trace is not None for *_, trace in traces):
+            betas[f"{label}, seed {members[0].recipe.run.seed}"] = traces
+    if len(lines) <= LINES:
+        accuracy_over_stages(lines, out / "accuracy_over_stages.png")
     if points:
+        accuracy_heatmaps(lines, out / "accuracy_matrices.png")
         average_vs_forgetting(points, out / "average_vs_forgetting.png")
+    if betas:
+        beta_over_steps(betas, out / "beta_over_steps.png")
+
+
+def beta_traces(run: Run) -> list[tuple[str, int, pd.DataFrame | None]]:
+    """(task, optimizer steps, beta.csv) of every stage, as `beta_over_steps` takes them."""
+    found = []
+    for stage, story in zip(run.stages, stories(run), strict=True):
+        path = stage.folder / "beta.csv"
+        trace = pd.read_csv(path) if path.is_file() else None
+        if trace is not None and "tensor" in trace:  # --beta_trace full
+            steps = trace.groupby("step")
+            quantiles = steps["beta"].quantile([0.05, 0.5, 0.95]).unstack()
+            trace = quantiles.set_axis(["beta_q05", "beta_q50", "beta_q95"], axis=1)
+            trace = trace.assign(fallback_share=steps["fallback"].mean()).reset_index()
+        found.append((stage.task, story["steps"], trace))
+    return found
 
 
 def main(given: list[str] | None = None) -> None:

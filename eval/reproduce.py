@@ -5,7 +5,8 @@
 scripts/reproduce_*.sh call it. The runs of each table stand in eval/studies.yaml. A run has the name that
 train_continual.sh gives it, so tables share runs, and what is done is not repeated. --mini: the recipe of CoIN-mini, as
 many runs at a time as there are cores.
-Writes table.{txt,md,csv,tex}, runs.csv and figures into DIR (default: runs/tables/NAME), seeds taken together.
+Writes table.{txt,md,csv,tex}, seeds taken together, runs.csv, costs.md and figures into DIR (default:
+runs/tables/NAME).
 """
 
 import argparse
@@ -22,7 +23,7 @@ import pandas as pd
 import yaml
 
 from eval.predict import Run, open_run
-from eval.report import FORMATS, answer, draw, facts, fallback_notes, format_notes, score_run
+from eval.report import FORMATS, answer, costs, draw, facts, fallback_notes, format_notes, score_run
 from eval.score import majority_baseline
 from eval.tables import ALL_METRICS, Row, method_row, results_table
 from llaca.config import CONFIGS, load_recipe
@@ -123,6 +124,7 @@ def table(study: dict[str, Any], runs: dict[str, list[Run]], options: argparse.N
     for suffix, render in FORMATS.items():
         (options.out / f"table.{suffix}").write_text(render(found), encoding="utf-8")
     behind.to_csv(options.out / "runs.csv", index=False, float_format="%.4g")
+    (options.out / "costs.md").write_text(costs(behind), encoding="utf-8")
     if len({tuple(run.tasks) for run in every}) == 1:
         draw(runs, metrics, options.out)
     print(f"\n{found.text()}\nTables (txt, md, csv, tex) and figures: {options.out}")

@@ -1,6 +1,7 @@
 """The processes of one run: one alone, or those that torchrun or DeepSpeed started."""
 
 import os
+import resource
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -49,3 +50,16 @@ def add_up(tensors: Sequence[torch.Tensor]) -> None:
     if count() > 1:
         for tensor in tensors:
             torch.distributed.all_reduce(tensor)
+
+
+def peak_memory() -> int:
+    """Bytes that a rank has held at most since it started, of the rank with most: allocated on its GPU, without one
+    resident in memory, libraries included."""
+    if torch.cuda.is_available():
+        own = torch.cuda.max_memory_allocated()
+    else:
+        own = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.tensor(own, device=PartialState().device)
+    if count() > 1:
+        torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+    return int(peak)

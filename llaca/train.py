@@ -187,6 +187,8 @@ def train_stage(
         "samples": len(dataset),
         "steps": trainer.state.global_step,
         "seconds": round(checkpoints.seconds, 1),
+        "trained_parameters": sum(piece.shape.numel() for piece in tap.layout.pieces),
+        "peak_memory_bytes": ranks.peak_memory(),
         "engine": tap.layout.engine,
         "start": choice.start,
         "group": choice.group,

@@ -1,8 +1,9 @@
-"""What tests/test_llaca_projection.py runs in several processes: a method with a memory trains some steps.
+"""What tests/test_llaca_methods_whole.py runs in several processes: methods train some steps, with a memory.
 
 torchrun ... tests/method_worker.py BASE DATA OUT none|DEEPSPEED.json METHOD ...
 
-OUT.METHOD.pt gets the trained weights, what the method reports and, for PGP, X X^T of every layer's inputs.
+OUT.METHOD.pt gets the trained weights, those that the method hands on, what it reports and, for PGP, X X^T of every
+layer's inputs.
 """
 
 import sys
@@ -14,21 +15,29 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llaca import ranks
 from llaca.callbacks import Tap
-from llaca.config import load_recipe
+from llaca.config import ModelConfig, load_recipe
 from llaca.methods import METHODS
 from llaca.methods.base import StageView
 from llaca.methods.pgp import input_energies, width
 from llava.dataset import InstructionDataset, load_samples
-from llava.model import attach_lora, load_base, trainable_parameters
+from llava.model import load_base, trainable_parameters
 from llava.trainer import LlavaTrainer, training_arguments
 
 
 def memory_of(name: str, model: torch.nn.Module) -> dict:
-    """Records with other answers than the stage's, or random directions: half of every layer's inputs."""
-    if name == "agem":
+    """Records with other answers than the stage's; random Fisher information; or random directions: half of every
+    layer's inputs."""
+    if name in ("agem", "replay"):
         return {"buffer": {"old": [0, 2, 5, 11, 14]}}
-    generator, basis = torch.Generator().manual_seed(3), {}
-    for key, weight in trainable_parameters(model).items():
+    generator, weights = torch.Generator().manual_seed(3), trainable_parameters(model)
+    if name in ("ewc", "cofima"):
+        fisher = {key: 1e-4 * torch.rand(weight.shape, generator=generator) for key, weight in weights.items()}
+        anchor = {key: weight.detach() + 0.1 for key, weight in weights.items()}
+        return {"fisher": fisher, **({"anchor": anchor} if name == "ewc" else {})}
+    if name != "pgp":
+        return {}
+    basis = {}
+    for key, weight in weights.items():
         inputs = width(weight.shape)
         basis[key] = torch.linalg.qr(torch.randn(inputs, inputs, generator=generator)).Q[:, : inputs // 2].contiguous()
     return {"basis": basis}
@@ -38,7 +47,10 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None) -> 
     """Four optimizer steps of two micro-batches, on as many ranks as there are."""
     torch.manual_seed(0)
     model, processor = load_base(base)
-    model = attach_lora(model, 3, 6, 0.0)  # dropout would differ: every rank draws its own
+    method = METHODS[name](load_recipe(["--method", name]).method)
+    rank = 4 if name == "moelora" else 3  # two experts share it
+    # Dropout would differ: every rank draws its own.
+    model = method.attach(model, ModelConfig(str(base), lora_rank=rank, lora_alpha=6, lora_dropout=0.0))
     for key, weight in trainable_parameters(model).items():
         if "lora_B" in key:
             torch.nn.init.normal_(weight, 0, 0.1)
@@ -47,7 +59,6 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None) -> 
     samples = load_samples(data / "train.json", data)
     others = [replace(s, turns=tuple((question, "The bird.") for question, _ in s.turns)) for s in samples]
     own, old = (InstructionDataset(each, processor, 36, 512) for each in (samples, others))
-    method = METHODS[name](load_recipe(["--method", name]).method)
     method.stage = StageView("new", model, own, 0, seed=5)
     method.recall(memory_of(name, model))
     dataset = method.extend(own, {"new": own, "old": old})
@@ -62,18 +73,21 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None) -> 
         disable_tqdm=True,
         deepspeed=zero,
     )
+    start = {key: weight.detach().clone() for key, weight in trainable_parameters(model).items()}
     trainer = LlavaTrainer(model, arguments, dataset, 0, 1e-3, "global", method)
     tap = Tap(method, True, 4, None, "clipped")
     tap.attach(trainer)
     trainer.train()
     unset_hf_deepspeed_config()
     told = {"weights": tap.layout.gather(tap.layout.shards().parameters)}
+    told["moved"] = float(sum((weight - start[key]).norm() for key, weight in told["weights"].items()))
     shown = {key: weight.detach().float().clone() for key, weight in trainable_parameters(model).items()}
     told["shown"] = all(torch.equal(shown[key], weight) for key, weight in told["weights"].items())
     if name == "pgp":
         told["cut"] = method.places
         told["energies"] = input_energies(method.stage, list(shown), 6)
-    told["report"] = method.after_task(tap.layout.shards(), folder)[1]
+    handed, told["report"] = method.after_task(tap.layout.shards(), folder)
+    told["handed"] = {} if handed is None else tap.layout.gather(handed)
     return told
 
 

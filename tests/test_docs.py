@@ -66,8 +66,8 @@ def test_every_row_of_every_study_can_be_run_and_has_its_printed_numbers(name):
     found = paper_rows(study, loaded.stream.tasks)
     assert len(found) == len(wanted)
     assert all(row.mean["Avg.ACC"] is not None for row in found.values())
-    script = ROOT / "scripts" / ("study_mini.sh" if name == "policies" else f"reproduce_{name}.sh")
-    assert f"eval.reproduce {name} " in script.read_text()
+    scripts = [path.read_text() for path in (ROOT / "scripts").glob("*.sh")]
+    assert sum(f"eval.reproduce {name} " in script for script in scripts) == 1
 
 
 def test_printed_numbers_of_table_7_stand_on_one_line():
@@ -90,6 +90,9 @@ def test_a_study_trains_evaluates_and_sets_the_papers_numbers_beside_ours(argume
     assert re.search(r"LLaCA \(n=2\) .*±", printed) and "printed: Dynamic EMA + instruction grouping" in printed
     assert "64.64" in printed and "Question-only majority" in printed and len(recipe["tasks"]) == 3
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"table.md", "table.tex", "table.csv", "runs.csv"}
+    costs = [line.split(" | ") for line in (tmp_path / "out" / "costs.md").read_text().splitlines()]
+    assert [line[0] for line in costs[2:4]] == ["| LoRA", "| LLaCA"] and costs[2][1] == costs[3][1]
+    assert float(costs[2][3]) > 0 and 0.1 < float(costs[2][5].rstrip(" |")) < 20
     made = sorted(path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors"))
     main(["table6", "--mini", "--rows", "LoRA", "LLaCA", "--seeds", "0", "1", "--runs-dir", str(tmp_path / "runs"),
           "--out", str(tmp_path / "out"), "--max-train-samples", "8"])  # fmt: skip

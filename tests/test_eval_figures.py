@@ -1,6 +1,7 @@
 """The figures: that they show the right numbers, clip nothing, and come out the same every time."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -50,6 +51,29 @@ def test_runs_with_other_orders_are_not_drawn_together(tmp_path):
     runs = {"one": (LORA, TASKS), "two": (LORA, TASKS[::-1])}
     with pytest.raises(ValueError, match="'two'"):
         figures.accuracy_over_stages(runs, tmp_path / "a.png")
+
+
+def test_a_panel_for_every_run_with_stages(tmp_path, drawn):
+    runs = {"LoRA": (LORA, TASKS), "Zero-shot": (ZERO_SHOT, TASKS), "LLaCA": (LORA / 2, TASKS)}
+    figures.accuracy_heatmaps(runs, tmp_path / "a.png")
+    panels = [axes for axes in drawn[0].axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == ["LoRA", "LLaCA"]
+    assert [float(text.get_text()) for text in panels[1].texts] == [40, 20, 30, 5, 10, 35]
+    with pytest.raises(ValueError, match="no run with stages"):
+        figures.accuracy_heatmaps({"Zero-shot": (ZERO_SHOT, TASKS)}, tmp_path / "b.png")
+
+
+def test_beta_stands_at_its_step_of_the_stream(tmp_path, drawn):
+    """Two stages of 3 and 2 steps, of which the second averages."""
+    columns = {"step": [1, 2], "beta_q05": [0.5, 0.6], "beta_q50": [0.9, 0.95], "beta_q95": [0.99, 1.0]}
+    trace = pd.DataFrame({**columns, "fallback_share": [1.0, 0.25]})
+    figures.beta_over_steps({"LLaCA": [("A", 3, None), ("B", 2, trace)]}, tmp_path / "a.png")
+    upper, lower = drawn[0].axes
+    assert upper.get_lines()[1].get_xydata().tolist() == [[4, 0.9], [5, 0.95]]
+    assert [text.get_text() for text in upper.texts] == ["A", "no average", "B"]
+    band = upper.collections[0].get_paths()[0].vertices
+    assert band.min(axis=0).tolist() == [4, 0.5] and band.max(axis=0).tolist() == [5, figures.BETA_SHOWN[1]]
+    assert lower.collections[0].get_paths()[0].vertices[:, 1].max() == 100
 
 
 def test_seeds_and_their_mean(tmp_path, drawn):

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import signal
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from eval.tables import read_matrix
 from llaca.config import ModelConfig, load_recipe
 from llaca.methods import METHODS
 from llaca.methods.base import Method
-from llaca.stream import run_folder
 from llaca.train import run
 from llava.dataset import Collator, InstructionDataset, load_samples
 from llava.model import (
@@ -49,30 +47,6 @@ def layers_of(model) -> dict:
 def batch_of(tiny, tiny_data):
     samples = load_samples(tiny_data / "train.json", tiny_data)[:2]
     return Collator(0)(list(InstructionDataset(samples, tiny[1], 36, 512)))
-
-
-def interrupted(monkeypatch, name: str, line: list[str], step: int):
-    """The run of `line`, which ends in an error after so many optimizer steps, and is started again."""
-    method, steps = METHODS[name], []
-
-    class Falls(method):
-        watches = True
-
-        def after_step(self, shards):
-            steps.append(1)
-            if len(steps) == step:
-                raise InterruptedError
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setitem(METHODS, name, Falls)
-    with pytest.raises(InterruptedError):
-        run(load_recipe(line))
-    folder = run_folder(load_recipe(line))
-    assert list(folder.glob("stages/*.partial/trainer/checkpoint-*/COMPLETE")), "inside a stage"
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    monkeypatch.setitem(METHODS, name, method)
-    return run(load_recipe(line))
 
 
 def test_one_expert_is_lora_bit_for_bit(arguments, monkeypatch):  # noqa: F811
@@ -197,12 +171,6 @@ def test_a_run_trains_its_routers_and_answers_with_the_experts_unmerged(argument
     report(["--runs-dir", str(tmp_path / "runs")])
     assert np.isfinite(np.tril(read_matrix(folder / "matrix.csv")[0])).all()
     assert set(json.loads((folder / "metrics.json").read_text())) >= {"Avg.ACC", "Forgetting"}
-
-
-def test_broken_off_and_started_again_gives_the_same_bytes(arguments, monkeypatch):  # noqa: F811
-    more = ["--method", "moelora", "--tasks", "TextVQA", "GQA", "--save-steps", "1", "--gradient-checkpointing", "true"]
-    whole = run(load_recipe([*arguments[:-1], "whole", *more]))
-    assert adapters(interrupted(monkeypatch, "moelora", [*arguments, *more], 5)) == adapters(whole)
 
 
 @pytest.mark.parametrize(

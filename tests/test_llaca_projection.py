@@ -1,12 +1,7 @@
-"""A-GEM and PGP against their formulas, numpy and plain LoRA; two processes against one; killed and started again."""
+"""A-GEM and PGP against their formulas, numpy and plain LoRA."""
 
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -264,63 +259,3 @@ def test_three_stages_with_a_memory(arguments, name):  # noqa: F811
                 moved = torch.from_numpy(np.asarray(weights[stage][short] - weights[stage - 1][short]))
                 moved = moved.view(len(moved), -1)
                 assert (moved @ basis).norm() <= 1e-5 * weights[stage][short].norm()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["agem", "pgp"])
-def test_killed_inside_a_stage_and_typed_again_gives_the_same_bytes(arguments, tmp_path, name):  # noqa: F811
-    """The kill comes after a checkpoint inside the second stage, which has a memory."""
-    more = ["--method", name, "--epochs", "4", "--save-steps", "2", "--estimate_records", "6"]
-    more = more[:-2] if name == "agem" else more
-    whole = run(load_recipe([*arguments[:-1], "whole", *more]))
-    line, killed = [*arguments[:-1], "killed", *more], tmp_path / "runs" / "killed"
-    process = subprocess.Popen(command(line), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-    wanted = "stages/02-*.partial/trainer/checkpoint-*/COMPLETE"
-    while not list(killed.glob(wanted)) and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert list(killed.glob(wanted)), "nothing was left to go on from"
-    run(load_recipe(line))
-    assert adapters(killed) == adapters(whole)
-    for stage in sorted(whole.glob("stages/*")):
-        mine, other = (torch.load(folder / "stages" / stage.name / "method.pt") for folder in (whole, killed))
-        assert str(mine) == str(other)
-        told = [json.loads((f / "stages" / stage.name / "stage.json").read_text()) for f in (whole, killed)]
-        assert told[0].get("projected_share") == told[1].get("projected_share")
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-
-
-def work(base: Path, data: Path, out: Path, launch: list[str], zero: str) -> dict[str, dict]:
-    """What tests/method_worker.py tells of both methods."""
-    config = "none" if zero == "none" else f"scripts/zero{zero}.json"
-    line = [*launch, "tests/method_worker.py", str(base), str(data), str(out), config, "agem", "pgp"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return {name: torch.load(f"{out}.{name}.pt") for name in ("agem", "pgp")}
-
-
-@pytest.fixture(scope="module")
-def alone(tiny_base, tiny_data, tmp_path_factory):
-    """One process that makes the two processes' micro-batches one after the other."""
-    return work(tiny_base, tiny_data, tmp_path_factory.mktemp("alone") / "told", [sys.executable], "none")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("zero", ["none", "1", "2"])
-def test_two_processes_project_as_one(alone, tiny_base, tiny_data, tmp_path, zero):
-    """Under ZeRO the partitions meet inside a row of a tensor, whose projection takes both ranks."""
-    told = work(tiny_base, tiny_data, tmp_path / "told", TORCHRUN, zero)
-    for name, one in alone.items():
-        two = told[name]
-        for key, weight in one["weights"].items():
-            assert (two["weights"][key] - weight).norm() <= 1e-5 * weight.norm(), key
-        assert two["shown"], "the model computes with the weights that the method wrote"
-        assert two["report"] == one["report"]
-    assert 0 < alone["agem"]["report"]["projected_share"] < 1
-    assert told["pgp"]["cut"] == (0 if zero == "none" else 1)
-    for key, energies in alone["pgp"]["energies"].items():
-        assert (told["pgp"]["energies"][key] - energies).norm() <= 1e-4 * energies.norm(), key

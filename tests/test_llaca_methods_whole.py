@@ -1,0 +1,116 @@
+"""Every method in the harness: broken off and started again, and in two processes, it gives what one process gives."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_llaca_train import adapters, arguments, mini  # noqa: F401
+
+from llaca.config import load_recipe
+from llaca.methods import METHODS
+from llaca.stream import run_folder
+from llaca.train import run
+from llava.trainer import StepLog
+
+ROOT = Path(__file__).parents[1]
+TRAINED = sorted(set(METHODS) - {"zero_shot"})
+
+
+def interrupted(monkeypatch, line: list[str], last: int) -> Path:
+    """The run of `line`, which ends in an error after so many optimizer steps, and is started again."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    steps, on_step_end = [], StepLog.on_step_end
+
+    def fall(log, *state, **more):
+        on_step_end(log, *state, **more)
+        steps.append(1)
+        if len(steps) == last:
+            raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepLog, "on_step_end", fall)
+        with pytest.raises(InterruptedError):
+            run(load_recipe(line))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    folder = run_folder(load_recipe(line))
+    assert list(folder.glob("stages/*.partial/trainer/checkpoint-*/COMPLETE")), "inside a stage"
+    return run(load_recipe(line))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_broken_off_inside_the_second_stage_and_started_again_gives_the_same_bytes(arguments, monkeypatch, name):  # noqa: F811
+    """Weights, what the method hands on to later stages, and what it tells; with dropout."""
+    more = ["--method", name, "--tasks", "TextVQA", "GQA", "--save-steps", "1"]
+    whole = run(load_recipe([*arguments[:-1], "whole", *more]))
+    broken = interrupted(monkeypatch, [*arguments, *more], 5)
+    assert adapters(broken) == adapters(whole)
+    stages = sorted(path.name for path in whole.glob("stages/*"))
+    assert len(stages) == (1 if name == "multi_task" else 2)
+    for stage in stages:
+        told = [json.loads((folder / "stages" / stage / "stage.json").read_text()) for folder in (whole, broken)]
+        for own in told:
+            assert own.pop("seconds") > 0 and own.pop("peak_memory_bytes") > 1e8 and own["trained_parameters"] > 0
+        assert told[0] == told[1]
+        memories = [folder / "stages" / stage / "method.pt" for folder in (whole, broken)]
+        assert memories[0].is_file() == memories[1].is_file()
+        if memories[0].is_file():
+            one, two = (torch.load(path, weights_only=True) for path in memories)
+            torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+COMPUTED = ("agem", "cofima", "coma", "ewc", "lwf", "model_tailor", "moelora", "pgp", "replay")
+
+
+def work(base: Path, data: Path, out: Path, launch: list[str], zero: str) -> dict[str, dict]:
+    """What tests/method_worker.py tells of every method."""
+    config = "none" if zero == "none" else f"scripts/zero{zero}.json"
+    line = [*launch, "tests/method_worker.py", str(base), str(data), str(out), config, *COMPUTED]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return {name: torch.load(f"{out}.{name}.pt") for name in COMPUTED}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_base, tiny_data, tmp_path_factory):
+    """One process that makes the two processes' micro-batches one after the other."""
+    return work(tiny_base, tiny_data, tmp_path_factory.mktemp("alone") / "told", [sys.executable], "none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["none", "1", "2"])
+def test_two_processes_train_as_one(alone, tiny_base, tiny_data, tmp_path, zero):
+    """Under ZeRO the partitions meet inside a row of a tensor, whose projection takes both ranks."""
+    told = work(tiny_base, tiny_data, tmp_path / "told", TORCHRUN, zero)
+    for name, one in alone.items():
+        two = told[name]
+        assert one["moved"] > 0 and two["shown"], "the model computes with the weights that the method wrote"
+        for key, weight in one["weights"].items():
+            assert (two["weights"][key] - weight).norm() <= 1e-5 * weight.norm(), (name, key)
+        for key, weight in one["handed"].items():
+            assert (two["handed"][key] - weight).norm() <= 1e-4 * weight.norm(), (name, key)
+        assert two["report"] == pytest.approx(one["report"], rel=1e-3)
+    assert 0 < alone["agem"]["report"]["projected_share"] < 1
+    assert told["pgp"]["cut"] == (0 if zero == "none" else 1)
+    for key, energies in alone["pgp"]["energies"].items():
+        assert (told["pgp"]["energies"][key] - energies).norm() <= 1e-4 * energies.norm(), key
+
+
+@pytest.mark.slow
+def test_runs_under_zero_2_in_two_processes(arguments, tmp_path):  # noqa: F811
+    """Three stages, the third continuing a group, by methods that compute with whole tensors after a stage."""
+    for name in ("cofima", "ewc", "model_tailor", "moelora"):
+        line = [*arguments[:-1], name, "--method", name, "--grouping", "true", "--zero", "2", "--batch-size", "4"]
+        launch = [sys.executable, "-m", "llaca.launch", "--launcher", "torchrun", "--num-gpus", "2"]
+        done = subprocess.run([*launch, *line], capture_output=True, text=True)
+        assert done.returncode == 0, (name, done.stderr[-3000:])
+        told = [json.loads(path.read_text()) for path in sorted(tmp_path.glob(f"runs/{name}/stages/*/stage.json"))]
+        assert [own["engine"] for own in told] == ["DeepSpeed ZeRO 2"] * 3
+        assert len({own["trained_parameters"] for own in told}) == 1
