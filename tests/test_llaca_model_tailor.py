@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_llaca_methods import layout_of, method_of, moved, view  # noqa: F401
-from test_llaca_moelora import interrupted
 from test_llaca_train import adapters, arguments, mini  # noqa: F401
 
 from eval.predict import answer_share, merge_parts, open_run
+from llaca import inputs
 from llaca.config import load_recipe
+from llaca.inputs import input_energies, passes
 from llaca.methods import model_tailor
-from llaca.methods.model_tailor import compensations, damped, passes, score, second_moments, standardised, top_share
+from llaca.methods.model_tailor import compensations, damped, score, standardised, top_share
 from llaca.train import run
 from llava.model import is_projector
 
@@ -84,10 +85,10 @@ def test_as_many_are_kept_as_the_share_says_ties_or_not(share, count):
     assert top_share(torch.zeros(4, 5), share).sum() == count
 
 
-def test_second_moments_are_those_of_every_token_of_the_records(view):  # noqa: F811
+def test_energies_are_those_of_every_token_of_the_records(view):  # noqa: F811
     """The first layer's inputs have a mean square of 1 each; B's inputs are A's outputs."""
     names = [name for name in view.weights() if not is_projector(name)]
-    found = second_moments(view, names, 6)
+    found = input_energies(view, names, 6)
     tokens = sum(len(view.dataset[record]["input_ids"]) for record in view.draw(6))
     for name in names:
         if "layers.0" in name and ("q_proj.lora_A" in name or "v_proj.lora_A" in name):
@@ -102,12 +103,12 @@ def test_second_moments_are_those_of_every_token_of_the_records(view):  # noqa: 
 
 def test_ranks_share_the_records(view, monkeypatch):  # noqa: F811
     names, parts, summed = [name for name in view.weights() if "o_proj" in name], [], []
-    whole = second_moments(view, names, 5)
-    monkeypatch.setattr(model_tailor.ranks, "count", lambda: 2)
-    monkeypatch.setattr(model_tailor.ranks, "add_up", summed.extend)
+    whole = input_energies(view, names, 5)
+    monkeypatch.setattr(inputs.ranks, "count", lambda: 2)
+    monkeypatch.setattr(inputs.ranks, "add_up", summed.extend)
     for rank in range(2):
-        monkeypatch.setattr(model_tailor.ranks, "rank", lambda rank=rank: rank)
-        parts.append(second_moments(view, names, 5))
+        monkeypatch.setattr(inputs.ranks, "rank", lambda rank=rank: rank)
+        parts.append(input_energies(view, names, 5))
     assert [id(t) for part in parts for t in part.values()] == [id(t) for t in summed]
     for name in names:
         torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name], rtol=1e-4, atol=1e-4)
@@ -139,7 +140,7 @@ def test_a_patch_of_each_tensor_stays_and_the_rest_goes_back_bit_for_bit(view): 
 
 def test_compensated_outputs_are_nearer_to_the_trained_layers_than_the_bare_patch(view):  # noqa: F811
     start, trained, found, _ = tailored(view, "0.3")
-    for name, total in second_moments(view, [name for name in found if "lora" in name], 8).items():
+    for name, total in input_energies(view, [name for name in found if "lora" in name], 8).items():
         new, old, H = trained[name].detach().double(), start[name].double(), damped(total)
         bare = torch.where(found[name] != start[name], new, old)
 
@@ -151,14 +152,14 @@ def test_compensated_outputs_are_nearer_to_the_trained_layers_than_the_bare_patc
 
 def test_however_many_passes_the_result_is_the_same(view, monkeypatch):  # noqa: F811
     layers = {name: weight for name, weight in view.weights().items() if not is_projector(name)}
-    assert list(passes(layers)) == [list(layers)]
+    assert list(passes(layers.items())) == [list(layers)]
     state = {name: weight.detach().clone() for name, weight in view.weights().items()}
     _, _, one, _ = tailored(view)
     with torch.no_grad():
         for name, weight in view.weights().items():
             weight.copy_(state[name])
-    monkeypatch.setattr(model_tailor, "PASS_BYTES", 10_000)  # of 32 x 32 and 64 x 64 numbers
-    groups = list(passes(layers))
+    monkeypatch.setattr(inputs, "PASS_BYTES", 10_000)  # of 32 x 32 and 64 x 64 numbers
+    groups = list(passes(layers.items()))
     assert [name for group in groups for name in group] == list(layers) and 4 < len(groups) < len(layers)
     assert all(len(g) == 1 or sum(4 * layers[n].shape[1] ** 2 for n in g) <= 10_000 for g in groups)
     _, _, many, _ = tailored(view)
@@ -183,9 +184,8 @@ def test_with_all_kept_it_is_lora_bit_for_bit(arguments):  # noqa: F811
     assert mine == lora
 
 
-def test_a_run_tailors_every_stage_but_the_first(arguments, monkeypatch):  # noqa: F811
-    """Broken off inside its second stage and started again it gives the same bytes."""
-    more = ["--method", "model_tailor", "--estimate_records", "8", "--save-steps", "1"]
+def test_a_run_tailors_every_stage_but_the_first(arguments):  # noqa: F811
+    more = ["--method", "model_tailor", "--estimate_records", "8"]
     folder = run(load_recipe([*arguments, *more]))
     first, *later = sorted(folder.glob("stages/*"))
     lora = run(load_recipe([*arguments[:-1], "lora", "--method", "lora", "--tasks", "ScienceQA"]))
@@ -206,7 +206,6 @@ def test_a_run_tailors_every_stage_but_the_first(arguments, monkeypatch):  # noq
     answer_share([found], 0, 1, 16)
     merge_parts([found])
     assert not found.missing() and len(list(folder.glob("answers/*/*.jsonl"))) == 6
-    assert adapters(interrupted(monkeypatch, "model_tailor", [*arguments[:-1], "again", *more], 5)) == adapters(folder)
 
 
 @pytest.mark.parametrize("share", ["0", "1.5"])

@@ -15,9 +15,10 @@ from test_llaca_train import adapters, arguments, command, mini  # noqa: F401
 
 from llaca.config import load_recipe
 from llaca.engine import Shards
+from llaca.inputs import input_energies
 from llaca.methods import METHODS
 from llaca.methods.base import StageView
-from llaca.methods.pgp import extended, input_energies
+from llaca.methods.pgp import extended
 from llaca.train import run
 from llava.dataset import InstructionDataset, load_samples
 from llava.model import attach_lora, load_base

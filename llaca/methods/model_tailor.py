@@ -17,24 +17,22 @@ The released code tailors the last twelve blocks' full weights, keeps the share 
 columns compensate: it adds there what the equation subtracts. It takes each layer's inputs behind layers tailored
 already; here all are those of the trained model.
 
-Cost for LLaVA-7B at rank 128: H is 28 GB in all, so there are seven passes over the records, each collecting at most
-PASS_BYTES of it. Of its solves the largest are 128 rows of about 1100 unknowns.
+Cost for LLaVA-7B at rank 128: H is 28 GB in all, collected in seven passes over the records (llaca/inputs.py). The
+largest of the solves are 128 rows of about 1100 unknowns.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llaca import ranks
 from llaca.config import MethodConfig
 from llaca.engine import Shards
-from llaca.methods.base import WHOLE_TENSORS, StageView
+from llaca.inputs import input_energies, passes
+from llaca.methods.base import WHOLE_TENSORS
 from llaca.methods.merging import CoMA
 from llava.model import is_projector
 
-PASS_BYTES = 4 * 2**30
 SOLVE_BYTES = 2**28  # of the systems that are solved at once
 BLOCK = 128
 DAMPING = 0.01
@@ -57,8 +55,8 @@ class ModelTailor(CoMA):
         tailored, trained = shards.layout.gather(self.start), shards.layout.gather(shards.parameters)
         layers = {name: weight for name, weight in trained.items() if not is_projector(name)}
         kept = adjusted = 0.0
-        for names in passes(layers):
-            for name, total in second_moments(self.stage, names, self.config.estimate_records).items():
+        for names in passes(layers.items()):
+            for name, total in input_energies(self.stage, names, self.config.estimate_records).items():
                 H, old, new = damped(total), tailored[name].to(total.device), layers[name].to(total.device)
                 patch = top_share(score(new, old, H), self.config.keep_share)
                 compensation = compensations(new, old, patch, H)
@@ -67,46 +65,6 @@ class ModelTailor(CoMA):
                 adjusted += compensation.abs().sum().item()
         told = {"kept_share": kept / sum(map(Tensor.numel, layers.values())), "mean_compensation": adjusted / kept}
         return shards.layout.cut(tailored), told
-
-
-def passes(layers: dict[str, Tensor]) -> Iterator[list[str]]:
-    """The names of weights [out, in], in groups whose H take at most PASS_BYTES, or of one."""
-    group, size = [], 0
-    for name, weight in layers.items():
-        need = 4 * weight.shape[1] ** 2
-        if group and size + need > PASS_BYTES:
-            yield group
-            group, size = [], 0
-        group, size = [*group, name], size + need
-    yield group
-
-
-def second_moments(stage: StageView, names: list[str], records: int) -> dict[str, Tensor]:
-    """sum x x^T [in, in], float32, over the inputs x of the linear layers with these weights, a record's every token.
-
-    The records are drawn by the stage's seed, and the ranks share them; all of them get the sum.
-    """
-    from llava.trainer import answer_loss  # brings in PEFT and, where installed, bitsandbytes
-
-    moments, handles = {}, []
-    for name in names:
-        layer = stage.model.get_submodule(name.removesuffix(".weight"))
-        moments[name] = layer.weight.new_zeros(layer.in_features, layer.in_features, dtype=torch.float32)
-
-        def add(layer, inputs, total=moments[name]):
-            x = inputs[0].flatten(0, -2).float()
-            total.addmm_(x.T, x)
-
-        handles.append(layer.register_forward_pre_hook(add))
-    try:
-        with stage.evaluating(), torch.no_grad():
-            for batch in stage.batches(stage.draw(records)[ranks.rank() :: ranks.count()]):
-                answer_loss(stage.model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    ranks.add_up(list(moments.values()))
-    return moments
 
 
 def damped(moments: Tensor) -> Tensor:

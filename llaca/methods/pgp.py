@@ -13,9 +13,6 @@ The published code projects the gradient, but what Adam makes of a projected gra
 movement since the stage's start is projected. With SGD both are the same.
 """
 
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +22,8 @@ from torch.nn.functional import pad
 from llaca import ranks
 from llaca.config import MethodConfig
 from llaca.engine import Layout, Piece, Shards
-from llaca.methods.base import WHOLE_TENSORS, Method, StageView
-
-PASS = 56  # tensors whose inputs are summed up in one pass over the records: four blocks' LoRA, about 3.5 GB at 7B
+from llaca.inputs import exact_products, input_energies, passes, width
+from llaca.methods.base import WHOLE_TENSORS, Method
 
 
 class PGP(Method):
@@ -74,10 +70,10 @@ class PGP(Method):
                 weight.sub_((rows @ basis.T).flatten()[first : first + piece.numel].view_as(weight))
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[None, dict]:
-        names, records, energy = list(self.stage.weights()), self.config.estimate_records, self.config.energy
-        for first in range(0, len(names), PASS):
-            energies = input_energies(self.stage, names[first : first + PASS], records)
-            self.basis |= {name: extended(self.basis.get(name), energies.pop(name), energy) for name in list(energies)}
+        for names in passes(self.stage.weights().items()):
+            energies = input_energies(self.stage, names, self.config.estimate_records)
+            for name in names:
+                self.basis[name] = extended(self.basis.get(name), energies.pop(name), self.config.energy)
         inputs, directions = (sum(basis.shape[axis] for basis in self.basis.values()) for axis in (0, 1))
         return None, {"protected_share": directions / inputs}
 
@@ -89,11 +85,6 @@ class PGP(Method):
 
     def load_state_dict(self, state: dict) -> None:
         self.start = [old.to(new.device) for old, new in zip(state["start"], self.start, strict=True)]
-
-
-def width(shape: torch.Size) -> int:
-    """Inputs of the layer that a tensor of this shape is the weight [outputs, inputs] or the bias [outputs] of."""
-    return shape[1] if len(shape) == 2 else 1
 
 
 def rows_of(piece: Piece, values: Tensor) -> Tensor:
@@ -119,30 +110,6 @@ def cut_rows(layout: Layout) -> tuple[list[tuple[int, int, int]], int]:
     return [(*here, places.index(row)) for row, here in mine.items()], len(places)
 
 
-def input_energies(stage: StageView, names: Collection[str], records: int) -> dict[str, Tensor]:
-    """X X^T [inputs, inputs], float32, of the layers of these weights and biases: x x^T summed up over all tokens (or
-    patches) of so many records. The stage's seed draws the records, and the ranks share them; all get the sum."""
-    from llava.trainer import answer_loss  # brings in PEFT and, where installed, bitsandbytes
-
-    weights = {name: weight for name, weight in stage.weights().items() if name in names}
-    energies = {name: weight.new_zeros([width(weight.shape)] * 2).float() for name, weight in weights.items()}
-    drawn = stage.draw(records)
-
-    def add(name, layer, inputs):
-        x = inputs[0].flatten(0, -2).float()
-        x = x if weights[name].dim() == 2 else x.new_ones(len(x), 1)
-        energies[name].addmm_(x.T, x)
-
-    with ExitStack() as hooks, stage.evaluating(), torch.no_grad(), exact_products():
-        for name in weights:
-            layer = stage.model.get_submodule(name.rpartition(".")[0])
-            hooks.callback(layer.register_forward_pre_hook(partial(add, name)).remove)
-        for batch in stage.batches(drawn[ranks.rank() :: ranks.count()]):
-            answer_loss(stage.model, batch)
-    ranks.add_up(list(energies.values()))
-    return energies
-
-
 def extended(basis: Tensor | None, energies: Tensor, energy: float) -> Tensor:
     """GPM's rule: the orthonormal columns of `basis` [inputs, k] and as many more, the leading ones of X X^T outside of
     their span, as it takes until all hold the share `energy` of its trace. Float32."""
@@ -156,14 +123,3 @@ def extended(basis: Tensor | None, energies: Tensor, energy: float) -> Tensor:
     held = (total - values.sum()).clamp(min=0) + values.cumsum(0) - values  # by the basis and the directions before
     count = int(((held < energy * total) & (values > 1e-7 * total)).sum())  # less is rounding
     return torch.cat([basis, vectors[:, :count]], dim=1).float()
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Float32 products of float32 factors meanwhile, where the recipe lets the GPU round them (TF32)."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
