@@ -17,6 +17,7 @@ import torch
 from data.check import check_benchmark
 from data.mini.build import build, is_built
 from llaca.config import Recipe, load_recipe
+from llaca.methods import METHODS
 from llaca.stream import die_with_launcher
 
 DEFAULT_METHODS = ("lora", "llaca")
@@ -93,13 +94,14 @@ def prepare_data(recipe: Recipe) -> None:
 
 
 def announce(runs: list[tuple[Recipe, list[str]]], launcher: Launcher, side_by_side: int) -> None:
-    """Says what is going to be trained, where it goes and about how long it takes."""
+    """Says what is going to be trained, where it goes, under which engines, and about how long it takes."""
     for recipe, _ in runs:
         stream = recipe.stream
         print(
             f"{recipe.run.runs_dir}/{recipe.run.run}: {recipe.method.method} on {len(stream.tasks)} tasks of "
             f"{stream.data_root}, {stream.order} order, {stream.instructions} instructions, seed {recipe.run.seed}"
         )
+        print(f"    works with --zero {', '.join(METHODS[recipe.method.method].engines)} (none: one process or DDP)")
     if launcher.name != "python":
         print(f"{launcher.processes} processes a run, started by {launcher.name}")
     minutes = max(recipe.run.expected_minutes for recipe, _ in runs) * -(-len(runs) // side_by_side)

@@ -20,7 +20,7 @@ from data.mini import build
 from eval.report import main as report
 from eval.tables import read_matrix
 from llaca.config import load_recipe
-from llaca.launch import choose_launcher, commands
+from llaca.launch import announce, choose_launcher, commands
 from llaca.stream import only_one
 from llaca.train import run
 from llava.dataset import DataError
@@ -309,6 +309,11 @@ def test_a_run_refuses_another_recipe_other_data_and_a_second_process(arguments,
         only_one(folder, 0.2),
     ):
         pass
+
+
+def test_the_launcher_says_under_which_engines_a_method_works(arguments, capsys):
+    announce(commands([*arguments, "--method", "ewc"]), choose_launcher(None, 1, None, "none"), 1)
+    assert "works with --zero none, 0, 1, 2 (" in capsys.readouterr().out
 
 
 @pytest.mark.slow
