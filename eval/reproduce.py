@@ -26,8 +26,11 @@ from eval.predict import Run, open_run
 from eval.report import FORMATS, answer, costs, draw, facts, fallback_notes, format_notes, score_run
 from eval.score import majority_baseline
 from eval.tables import ALL_METRICS, Row, method_row, results_table
-from llaca.config import CONFIGS, load_recipe
+from llaca.config import CONFIGS, Recipe, load_recipe
 from llaca.launch import choose_launcher, prepare_data, run_all
+from llaca.methods import METHODS
+from llaca.stream import open_run as start_run
+from llaca.stream import run_folder, stages_of
 
 PAPER = Path(__file__).parent / "paper"
 MINI = CONFIGS / "coin_mini.yaml"
@@ -45,6 +48,15 @@ def command_lines(study: dict[str, Any], recipe: Path, seeds: Sequence[int], mor
         label: [[*common, *shlex.split(row["flags"]), *more, "--seed", str(seed)] for seed in seeds]
         for label, row in study["rows"].items()
     }
+
+
+def is_done(recipe: Recipe) -> bool:
+    """Whether the recipe's run has nothing left to train. Raises ValueError if its folder is that of another recipe."""
+    folder, method = run_folder(recipe), METHODS[recipe.method.method]
+    if not (folder / "recipe.yaml").is_file():
+        return False
+    stages = stages_of(recipe, method.joint, start_run(recipe))
+    return not method.trains or all(stage.done for stage in stages)
 
 
 def paper_rows(study: dict[str, Any], tasks: Sequence[str]) -> dict[str, Row]:
@@ -83,18 +95,18 @@ def reproduce(name: str, options: argparse.Namespace, more: list[str]) -> str:
     recipe = MINI if options.mini else CONFIGS / f"{study['recipe']}.yaml"
     lines = command_lines(study, recipe, options.seeds, ["--runs-dir", str(options.runs_dir), *more])
     recipes = {label: [load_recipe(line) for line in own] for label, own in lines.items()}
-    first = next(iter(recipes.values()))[0]
-    count = sum(map(len, recipes.values()))
-    minutes = first.run.expected_minutes
-    launcher = choose_launcher(None, options.num_gpus, None, first.run.zero)
+    every = [recipe for own in recipes.values() for recipe in own]
+    for different in {recipe.stream.instructions: recipe for recipe in every}.values():
+        prepare_data(different)
+    flat = [line for own in lines.values() for line in own]
+    waiting = [line for line, own in zip(flat, every, strict=True) if not is_done(own)]
+    minutes, launcher = every[0].run.expected_minutes, choose_launcher(None, options.num_gpus, None, every[0].run.zero)
     jobs = max(1, (os.cpu_count() or 1) // int(os.environ.get("OMP_NUM_THREADS", 1)))
     side_by_side = jobs if launcher.name == "python" else 1
-    print(f"{study['title']}\n{count} runs, those that are done excepted", end="")
-    print(f": up to {minutes * -(-count // side_by_side):.0f} minutes" if minutes else "", flush=True)
-    for different in {r.stream.instructions: r for own in recipes.values() for r in own}.values():
-        prepare_data(different)
+    print(f"{study['title']}\n{len(flat)} runs, of which {len(flat) - len(waiting)} are done", end="")
+    print(f": about {minutes * -(-len(waiting) // side_by_side):.0f} minutes" if minutes else "", flush=True)
     start = time.monotonic()
-    if status := run_all([launcher.line(line) for own in lines.values() for line in own], side_by_side):
+    if status := run_all([launcher.line(line) for line in waiting], side_by_side):
         sys.exit(status)
     folders = {label: [Path(r.run.runs_dir) / r.run.run for r in own] for label, own in recipes.items()}
     runs = {label: [open_run(folder, options.split) for folder in own] for label, own in folders.items()}

@@ -139,7 +139,7 @@ def test_cofima_with_equal_fisher_is_coma_and_weighs_by_fisher():
 
 @pytest.mark.parametrize("name", ["coma", "cofima"])
 def test_merging_stands_between_start_and_end(view, name):
-    method = method_of(name)
+    method = method_of(name, "--merge_weight", "0.4")
     method.stage = view
     method.recall({"fisher": {k: torch.full_like(w, 1e-4) for k, w in view.weights().items()}})
     shards = layout_of(view).shards()
