@@ -14,7 +14,9 @@ of one GPU at the peak of a step:
     average      the moving average and what its rule remembers
     activations  what autograd keeps of one micro-batch: counted by running one layer on the meta device
 
-Not counted: what the CUDA context and fragmentation take, a GB or so.
+Not counted: what the CUDA context and fragmentation take, a GB or so, and what the compared methods hold of their own:
+one float32 copy of what trains (two: EWC), in Model Tailor and PGP up to 4 GB of energies between stages, in PGP the
+protected directions (up to 28 GB at 7B), in A-GEM the activations of four records without checkpointing.
 """
 
 import argparse

@@ -195,6 +195,9 @@ def test_pgp_leaves_the_protected_subspace_alone_and_the_old_records_answers_wit
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
         for _ in range(6):
             answer_loss(model, batch).backward()
+            if protects:
+                shards.gradients = [weight.grad for weight in stage.weights().values()]
+                method.after_backward(shards)
             optimizer.step()
             optimizer.zero_grad()
             if protects:
@@ -209,6 +212,8 @@ def test_pgp_leaves_the_protected_subspace_alone_and_the_old_records_answers_wit
                 assert moved.norm() > 0.1 * weight.norm(), "what is free does move"
             if 0 < basis.shape[1] < len(basis):
                 leaks.append(((moved @ basis).norm() / moved.norm()).item())
+                momentum = optimizer.state[weight]["exp_avg"].double()
+                assert ((momentum @ basis).norm() < 1e-5 * momentum.norm()) == protects, "Adam never sees it"
         assert len(leaks) == 14 and (max(leaks) < 1e-6 if protects else min(leaks) > 0.1)
     assert kept[1] < 0.01 * kept[0]
 

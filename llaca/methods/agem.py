@@ -64,9 +64,12 @@ class AGEM(Replay):
         from llava.trainer import answer_loss  # brings in PEFT and, where installed, bitsandbytes
 
         stage, weights = self.stage, self.stage.weights()
-        total = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+        device, sizes = next(iter(weights.values())).device, [weight.numel() for weight in weights.values()]
+        flat = torch.zeros(sum(sizes), device=device)  # one all-reduce
+        parts = zip(weights.items(), flat.split(sizes), strict=True)
+        total = {name: part.view_as(weight) for (name, weight), part in parts}
         drawn = random.Random(f"{stage.seed} {step}").sample(self.numbers, min(BATCH, len(self.numbers)))
-        mine, device = drawn[ranks.rank() :: ranks.count()], next(iter(weights.values())).device
+        mine = drawn[ranks.rank() :: ranks.count()]
         with stage.evaluating(), torch.enable_grad():
             for batch in batches_of(self.memorised, mine, MICRO_BATCH, stage.pad_id, device):
                 # Not backward(): it would add to the step's own gradients and set off the engine's reduction.
@@ -75,7 +78,7 @@ class AGEM(Replay):
                 for sum_, gradient in zip(total.values(), gradients, strict=True):
                     if gradient is not None:  # the projector's, where no record has a picture
                         sum_.add_(gradient)
-        ranks.add_up(list(total.values()))
+        ranks.add_up([flat])
         return total
 
     def log(self) -> dict[str, float]:

@@ -3,8 +3,8 @@
     L = CE + lambda/2 sum_i F_i (theta_i - theta*_i)^2
 
 F is the diagonal Fisher information of earlier tasks (llaca/fisher.py), theta* the weights after them. `online`: F is
-the sum over the tasks and theta* the last weights. `per_task`: a penalty a task, and their sum, which is, but for a
-constant, of the same form with the Fisher-weighted mean of the tasks' weights as theta*.
+the sum over the tasks (gamma 1) and theta* the last weights. `per_task`: a penalty a task, and their sum, which is, but
+for a constant, of the same form with the Fisher-weighted mean of the tasks' weights as theta*.
 """
 
 from pathlib import Path
@@ -30,10 +30,9 @@ class EWC(Method):
         self.anchor: dict[str, Tensor] = {}
 
     def recall(self, memory: dict) -> None:
-        device = next(iter(self.stage.weights().values())).device
-        self.fisher, self.anchor = (
-            {name: tensor.to(device) for name, tensor in memory.get(key, {}).items()} for key in ("fisher", "anchor")
-        )
+        weights = self.stage.weights()
+        self.fisher = {name: fisher.to(weights[name].device) for name, fisher in memory.get("fisher", {}).items()}
+        self.anchor = {name: anchor.to(weights[name].device) for name, anchor in memory.get("anchor", {}).items()}
 
     def loss(self, model, inputs, outputs) -> Tensor | None:
         """lambda/2 sum_i F_i (theta_i - theta*_i)^2, None in the first stage of these parameters."""
@@ -41,7 +40,9 @@ class EWC(Method):
 
     def penalty(self, weights: dict[str, Tensor]) -> Tensor:
         """The term at these weights (whole tensors by name)."""
-        terms = [(self.fisher[name] * (w.float() - self.anchor[name]).square()).sum() for name, w in weights.items()]
+        # Weights that an engine holds in bfloat16 are compared with what bfloat16 makes of the anchor.
+        moved = {name: w.float() - self.anchor[name].to(w.dtype).float() for name, w in weights.items()}
+        terms = [(self.fisher[name] * difference.square()).sum() for name, difference in moved.items()]
         return self.config.penalty / 2 * torch.stack(terms).sum()
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[None, dict]:

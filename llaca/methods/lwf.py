@@ -2,7 +2,8 @@
 
     L = CE + lambda T^2 KL( softmax(z_old / T) || softmax(z / T) ),    mean over the supervised tokens
 
-z are the logits of the model in training, z_old those of the weights that the stage began with, without dropout.
+z are the logits of the model in training, z_old those of the weights that the stage began with, without dropout; the
+picture's placeholder is in neither, as in the loss. The mean is over a micro-batch, whatever the loss normalisation.
 """
 
 import torch
@@ -40,7 +41,8 @@ class LwF(Method):
         with torch.no_grad(), self.stage.evaluating():
             old, _ = supervised_logits(teacher, inputs, labels)
         temperature = self.config.temperature
-        said, wanted = (log_softmax(z.float() / temperature, dim=-1) for z in (outputs.logits, old.logits))
+        words = torch.arange(old.logits.shape[-1], device=old.logits.device) != self.stage.model.config.image_token_id
+        said, wanted = (log_softmax(z[:, words].float() / temperature, dim=-1) for z in (outputs.logits, old.logits))
         divergence = kl_div(said, wanted, log_target=True, reduction="batchmean")
         return self.config.penalty * temperature**2 * divergence
 

@@ -10,8 +10,9 @@ So a row's outputs are the nearest to those of w_new that any w with w[R] = w_ol
 `estimate_records` records of the stage, its damping 0.01 of the mean diagonal, and u the diagonal of the upper Cholesky
 factor of H^-1, as in SparseGPT and the released code: 1/u_j^2 is what of input j later inputs do not explain.
 
-The layers are LoRA's A and B, tensor by tensor, as LLaCA averages them, and w_old is the start of the stage. The
-projector goes back to it whole, as released. With keep_share 1 nothing goes back, the projector neither: LoRA.
+The layers are LoRA's A and B, tensor by tensor, as LLaCA averages them, and w_old is the start of the stage, of the
+first stage the untrained LoRA. The projector goes back to it whole, as released, so it never moves. With keep_share 1
+nothing goes back, the projector neither: LoRA.
 
 The released code tailors the last twelve blocks' full weights, keeps the share in each 128 columns, and lets only later
 columns compensate: it adds there what the equation subtracts. It takes each layer's inputs behind layers tailored
@@ -39,7 +40,7 @@ DAMPING = 0.01
 
 
 class ModelTailor(CoMA):
-    """Holds the start of the stage, as CoMA does, and returns to it but for a patch."""
+    """Holds the start of every stage, as CoMA does, and returns to it but for a patch."""
 
     fields = ("keep_share", "estimate_records")
     engines = WHOLE_TENSORS
@@ -49,8 +50,11 @@ class ModelTailor(CoMA):
         if config.keep_share is None or not 0 < config.keep_share <= 1:
             raise ValueError(f"keep_share is {config.keep_share}; it must be above 0 and at most 1")
 
+    def before_task(self, shards: Shards, matched: bool, steps: int) -> None:
+        super().before_task(shards, True, steps)  # the first stage of a group has a start, too
+
     def after_task(self, shards: Shards, folder: Path) -> tuple[list[Tensor] | None, dict]:
-        if self.start is None or self.config.keep_share == 1:
+        if self.config.keep_share == 1:
             return None, {}
         tailored, trained = shards.layout.gather(self.start), shards.layout.gather(shards.parameters)
         layers = {name: weight for name, weight in trained.items() if not is_projector(name)}

@@ -1,7 +1,8 @@
 """PGP, gradient projection for parameter-efficient tuning (Qiao et al., "Prompt Gradient Projection for Continual
 Learning", ICLR 2024; for LoRA: arXiv 2405.13383): later tasks leave alone what a layer does to earlier tasks' inputs.
 
-    W <- W_start + (W - W_start)(I - U U^T)     after every optimizer step
+    G <- G (I - U U^T)                          before every optimizer step
+    W <- W_start + (W - W_start)(I - U U^T)     after it
 
 U holds orthonormal directions of the layer's inputs, so W x stays what it was for every x in their span. Each layer
 that trains has its own: LoRA's A (inputs x), its B (inputs A x), the projector's linears; a bias, whose input is the
@@ -10,7 +11,7 @@ some of its records, as columns, by leading left singular vectors of (I - U U^T)
 |X|^2. They are eigenvectors of the projected X X^T, a sum over the records; X itself is never stored.
 
 The published code projects the gradient, but what Adam makes of a projected gradient leaves the subspace: here the
-movement since the stage's start is projected. With SGD both are the same.
+movement since the stage's start is projected, too. With SGD that changes nothing.
 """
 
 from pathlib import Path
@@ -31,7 +32,7 @@ class PGP(Method):
 
     fields = ("energy", "estimate_records")
     engines = WHOLE_TENSORS
-    edits_weights = True
+    edits_gradients = edits_weights = True
     basis: dict[str, Tensor]  # name -> U [inputs, directions]; empty before the first task
 
     def __init__(self, config: MethodConfig):
@@ -51,13 +52,23 @@ class PGP(Method):
         self.start = [p.detach().clone() for p in shards.parameters] if self.watches else []
         self.cut, self.places = cut_rows(shards.layout) if self.watches else ([], 0)
 
+    def after_backward(self, shards: Shards) -> None:
+        """Takes what lies along U out of the gradients, in place."""
+        self.take_out(shards, shards.gradients, shards.gradients)
+
     def after_step(self, shards: Shards) -> None:
         """Takes the movement along U out of the weights, in place."""
-        pieces, weights = shards.layout.pieces, shards.parameters
+        moved = [weight - start for weight, start in zip(shards.parameters, self.start, strict=True)]
+        self.take_out(shards, moved, shards.parameters)
+
+    @torch.no_grad()
+    def take_out(self, shards: Shards, values: list[Tensor], targets: list[Tensor]) -> None:
+        """targets -= values U U^T, for tensors like the shards' parameters; the ranks share the sums over a row."""
+        pieces = shards.layout.pieces
         bases = [self.basis[piece.name] for piece in pieces]
-        with torch.no_grad(), exact_products():
-            items = zip(pieces, weights, self.start, bases, strict=True)
-            along = [rows_of(piece, weight - start) @ basis for piece, weight, start, basis in items]
+        with exact_products():
+            items = zip(pieces, values, bases, strict=True)
+            along = [rows_of(piece, value.float()) @ basis for piece, value, basis in items]
             if self.places:
                 table = along[0].new_zeros(self.places, max(basis.shape[1] for basis in bases))
                 for index, row, place in self.cut:
@@ -65,9 +76,9 @@ class PGP(Method):
                 table = shards.sum(table)
                 for index, row, place in self.cut:
                     along[index][row] = table[place, : bases[index].shape[1]]
-            for piece, weight, rows, basis in zip(pieces, weights, along, bases, strict=True):
+            for piece, target, rows, basis in zip(pieces, targets, along, bases, strict=True):
                 first = piece.start % width(piece.shape)
-                weight.sub_((rows @ basis.T).flatten()[first : first + piece.numel].view_as(weight))
+                target.sub_((rows @ basis.T).flatten()[first : first + piece.numel].view_as(target))
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[None, dict]:
         for names in passes(self.stage.weights().items()):
