@@ -157,9 +157,9 @@ def facts(runs: list[Run], metrics: dict[str, dict]) -> pd.DataFrame:
                 "commit": json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))["commit"],
                 "minutes": sum(story["seconds"] for story in told) / 60,
                 "steps": (steps := sum(story["steps"] for story in told)),
-                "trained parameters": max((story["trained_parameters"] for story in told), default=0),
+                "trained parameters": most(told, "trained_parameters"),
                 "seconds per step": sum(story["seconds"] for story in told) / steps if steps else None,
-                "peak GB": max((story["peak_memory_bytes"] / 1e9 for story in told), default=None),
+                "peak GB": most(told, "peak_memory_bytes", 1e9),
                 **{key: metrics[run.name][key] for key in ("Avg.ACC", "Forgetting", "New.ACC", "MAA", "BWT")},
                 "averaged stages": len(averaged),
                 **{
@@ -170,6 +170,11 @@ def facts(runs: list[Run], metrics: dict[str, dict]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def most(told: list[dict], key: str, unit: int = 1) -> float | None:
+    """The largest of the stages' figures; None without one, as in runs of before it was recorded."""
+    return max((story[key] / unit for story in told if key in story), default=None)
 
 
 def costs(behind: pd.DataFrame) -> str:

@@ -28,7 +28,7 @@ from eval.score import majority_baseline
 from eval.tables import ALL_METRICS, Row, method_row, results_table
 from llaca.config import CONFIGS, Recipe, load_recipe
 from llaca.launch import choose_launcher, prepare_data, run_all
-from llaca.methods import METHODS
+from llaca.methods import METHODS, method_of
 from llaca.stream import open_run as start_run
 from llaca.stream import run_folder, stages_of
 
@@ -96,6 +96,8 @@ def reproduce(name: str, options: argparse.Namespace, more: list[str]) -> str:
     lines = command_lines(study, recipe, options.seeds, ["--runs-dir", str(options.runs_dir), *more])
     recipes = {label: [load_recipe(line) for line in own] for label, own in lines.items()}
     every = [recipe for own in recipes.values() for recipe in own]
+    for asked in every:
+        method_of(asked)  # raises now for what the last of the runs would refuse
     for different in {recipe.stream.instructions: recipe for recipe in every}.values():
         prepare_data(different)
     flat = [line for own in lines.values() for line in own]

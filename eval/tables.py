@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,8 @@ class Table:
     def latex(self) -> str:
         """A tabular with booktabs rules, the notes below it."""
         tabular = self.frame().to_latex(index=False, escape=True, column_format="l" + "r" * len(self.columns))
-        notes = [f"\n\\smallskip\n{{\\footnotesize {note}}}\\par" for note in self.notes]
+        plain = [re.sub(r"([&%$#_{}])", r"\\\1", note) for note in self.notes]
+        notes = [f"\n\\smallskip\n{{\\footnotesize {note}}}\\par" for note in plain]
         return (tabular + "".join(notes) + "\n").replace("±", r"$\pm$")
 
 

@@ -196,6 +196,9 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        broken = [name for name, p in trainable_parameters(self.tap.trainer.model).items() if not p.isfinite().all()]
+        if broken:
+            raise FloatingPointError(f"{checkpoint}: not finite, and not completed: {broken}")
         if self.tap.layout.sharded or ranks.first():
             torch.save(self.tap.method.state_dict(), self._state_file(checkpoint, args.process_index))
         ranks.wait()

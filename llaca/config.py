@@ -263,6 +263,10 @@ class Recipe:
             raise ValueError(f"tasks: {tasks} must be at least one, each once")
         if self.model.quantization != "none" and self.run.zero != "none":
             raise ValueError("a quantized base is for one process or DDP: leave out --zero, or --quantization")
+        if self.run.zero == "0" and self.model.dtype == "bfloat16":
+            raise ValueError(
+                "--zero 0 in bfloat16 trains to other weights than DDP (docs/ENGINES.md): leave --zero out, or take 1"
+            )
         for task, own in self.train.per_task.items():
             if unknown := set(own) - {f.name for f in fields(TrainConfig)}:
                 raise ValueError(f"per_task.{task}: '{unknown.pop()}' is no field of the training section")

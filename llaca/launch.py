@@ -17,7 +17,7 @@ import torch
 from data.check import check_benchmark
 from data.mini.build import build, is_built
 from llaca.config import Recipe, load_recipe
-from llaca.methods import METHODS
+from llaca.methods import METHODS, method_of
 from llaca.stream import die_with_launcher
 
 DEFAULT_METHODS = ("lora", "llaca")
@@ -77,7 +77,9 @@ def commands(arguments: list[str]) -> list[tuple[Recipe, list[str]]]:
         line = [*rest, "--method", method]
         if chosen.run:
             line += ["--run", chosen.run if len(methods) == 1 else f"{chosen.run}-{method}"]
-        built.append((load_recipe(line), line))
+        recipe = load_recipe(line)
+        method_of(recipe)  # raises now for what the run would refuse
+        built.append((recipe, line))
     return built
 
 

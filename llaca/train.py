@@ -24,7 +24,7 @@ from data.check import is_checked
 from llaca import ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
 from llaca.grouping import THRESHOLDS, Codebook, instruction_of
-from llaca.methods import METHODS
+from llaca.methods import METHODS, method_of
 from llaca.methods.base import Method, StageView
 from llaca.pool import Choice, Pool
 from llaca.stream import Stage, die_with_launcher, only_one, open_run, run_folder, stages_of, write_atomically
@@ -239,13 +239,7 @@ def run(recipe: Recipe) -> Path:
     Raises, before anything is trained, DataError for a broken record and ValueError or FileNotFoundError for a recipe
     that cannot be followed; BlockingIOError where another process trains this run.
     """
-    method = METHODS[recipe.method.method](recipe.method)
-    if recipe.run.zero not in method.engines:
-        raise ValueError(
-            f"method {recipe.method.method} does not work with --zero {recipe.run.zero}; it does with "
-            f"{', '.join(method.engines)} (none: one process or DDP)"
-        )
-    method.check_model(recipe.model)
+    method = method_of(recipe)
     ranks.start(recipe.run.zero)
     records = load_stream(recipe)
     if ranks.first():

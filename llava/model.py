@@ -176,7 +176,8 @@ def save_adapter(model: nn.Module, folder: str | Path, weights: dict[str, torch.
     folder.mkdir(parents=True, exist_ok=True)
     if weights is not None and weights.keys() != trainable_parameters(model).keys():
         raise ValueError(f"weights to save: {sorted(weights.keys() ^ trainable_parameters(model).keys())} do not fit")
-    state = get_peft_model_state_dict(model, weights, save_embedding_layers=False)
+    rests = {name: p for name, p in model.named_parameters() if "lora_" in name and not p.requires_grad}
+    state = get_peft_model_state_dict(model, weights and {**rests, **weights}, save_embedding_layers=False)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     config = copy.copy(model.peft_config["default"])

@@ -1,6 +1,7 @@
 """Training: transformers' Trainer with LLaVA's batches, two learning rates and a stated loss normalisation."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -128,7 +129,13 @@ class LlavaTrainer(Trainer):
         return nn.utils.get_total_norm([p.grad for p in trainable_parameters(self.model).values()])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a line, and what the hooks add to it."""
+        """Log a line, and what the hooks add to it. Raises FloatingPointError if loss or gradient are not finite."""
+        told = {key: float(logs[key]) for key in ("loss", "grad_norm") if key in logs}
+        if not all(map(math.isfinite, told.values())):
+            raise FloatingPointError(
+                f"{self.args.run_name}, up to optimizer step {self.state.global_step}: {told}. What was saved before "
+                "is whole; a lower learning rate may help"
+            )
         super().log({**logs, **self.hooks.log()} if "loss" in logs else logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -1,6 +1,6 @@
 """What tests/test_llaca_methods_whole.py runs in several processes: methods train some steps, with a memory.
 
-torchrun ... tests/method_worker.py BASE DATA OUT none|DEEPSPEED.json METHOD ...
+torchrun ... tests/method_worker.py BASE DATA OUT none|DEEPSPEED.json METHOD[.bf16] ...
 
 OUT.METHOD.pt gets the trained weights, those that the method hands on, what it reports and, for PGP, X X^T of every
 layer's inputs.
@@ -27,8 +27,8 @@ from llava.trainer import LlavaTrainer, training_arguments
 def memory_of(name: str, model: torch.nn.Module) -> dict:
     """Records with other answers than the stage's; random Fisher information; or random directions: half of every
     layer's inputs."""
-    if name in ("agem", "replay"):
-        return {"buffer": {"old": [0, 2, 5, 11, 14]}}
+    if name in ("agem", "replay"):  # replay: whole steps on any number of ranks
+        return {"buffer": {"old": [0, 2, 5, 11, 14, *([1, 7, 8] if name == "replay" else [])]}}
     generator, weights = torch.Generator().manual_seed(3), trainable_parameters(model)
     if name in ("ewc", "cofima"):
         fisher = {key: 1e-4 * torch.rand(weight.shape, generator=generator) for key, weight in weights.items()}
@@ -43,10 +43,10 @@ def memory_of(name: str, model: torch.nn.Module) -> dict:
     return {"basis": basis}
 
 
-def train(name: str, base: Path, data: Path, folder: Path, zero: str | None) -> dict:
-    """Four optimizer steps of two micro-batches, on as many ranks as there are."""
+def train(name: str, base: Path, data: Path, folder: Path, zero: str | None, half: bool) -> dict:
+    """Four optimizer steps of four records, one at a time, on as many ranks as there are; `half`: in bfloat16."""
     torch.manual_seed(0)
-    model, processor = load_base(base)
+    model, processor = load_base(base, torch.bfloat16 if half else torch.float32)
     method = METHODS[name](load_recipe(["--method", name]).method)
     rank = 4 if name == "moelora" else 3  # two experts share it
     # Dropout would differ: every rank draws its own.
@@ -64,8 +64,9 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None) -> 
     dataset = method.extend(own, {"new": own, "old": old})
     arguments = training_arguments(
         folder / name,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2 // ranks.count(),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4 // ranks.count(),
+        bf16=half,
         max_steps=4,
         learning_rate=1e-2,
         lr_scheduler_type="constant",
@@ -74,15 +75,18 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None) -> 
         deepspeed=zero,
     )
     start = {key: weight.detach().clone() for key, weight in trainable_parameters(model).items()}
-    trainer = LlavaTrainer(model, arguments, dataset, 0, 1e-3, "global", method)
+    trainer = LlavaTrainer(model, arguments, dataset, 0, 1e-3, "local", method)
     tap = Tap(method, True, 4, None, "clipped")
     tap.attach(trainer)
     trainer.train()
     unset_hf_deepspeed_config()
     told = {"weights": tap.layout.gather(tap.layout.shards().parameters)}
     told["moved"] = float(sum((weight - start[key]).norm() for key, weight in told["weights"].items()))
+    held = {key: weight.dtype for key, weight in trainable_parameters(model).items()}
     shown = {key: weight.detach().float().clone() for key, weight in trainable_parameters(model).items()}
-    told["shown"] = all(torch.equal(shown[key], weight) for key, weight in told["weights"].items())
+    told["shown"] = all(
+        torch.equal(shown[key], weight.to(held[key]).float()) for key, weight in told["weights"].items()
+    )
     if name == "pgp":
         told["cut"] = method.places
         told["energies"] = input_energies(method.stage, list(shown), 6)
@@ -95,7 +99,9 @@ def main() -> None:
     base, data, out, zero, *names = sys.argv[1:]
     ranks.start("none" if zero == "none" else "2")
     for name in names:
-        told = train(name, Path(base), Path(data), Path(out).parent, None if zero == "none" else zero)
+        method, _, half = name.partition(".")
+        folder, config = Path(out).parent, None if zero == "none" else zero
+        told = train(method, Path(base), Path(data), folder, config, half == "bf16")
         if ranks.first():
             torch.save(told, f"{out}.{name}.pt")
 

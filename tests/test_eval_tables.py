@@ -5,6 +5,7 @@ import io
 import json
 import re
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,6 +117,12 @@ def test_text_lines_up(table):
     lines = table.text().splitlines()[:4]
     assert len({len(line) for line in lines}) == 1
     assert lines[1].startswith("LoRA (n=3) ") and lines[0].endswith("New.ACC")
+
+
+def test_latex_escapes_its_notes(table):
+    """A bare % would comment out the end of its line."""
+    notes = replace(table, notes=("beta fell back in 12.9 % of lcia_release's {steps} & more",)).latex()
+    assert r"12.9 \% of lcia\_release's \{steps\} \& more}\par" in notes
 
 
 @pytest.mark.parametrize("form", ["text", "markdown", "csv", "latex"])

@@ -1,5 +1,6 @@
 """The compared methods against closed forms, autograd, scipy and one another."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from scipy.special import rel_entr, softmax
 from test_llaca_train import TASKS, adapters, arguments, mini  # noqa: F401
 
 from eval.predict import open_run
+from eval.reproduce import main as reproduce
 from llaca.config import load_recipe
 from llaca.engine import Layout, Piece
 from llaca.fisher import diagonal_fisher
+from llaca.launch import commands
 from llaca.methods import METHODS
 from llaca.methods.base import StageView
 from llaca.methods.merging import merge
@@ -217,6 +220,71 @@ def test_methods_with_memory_train_and_hand_it_on(arguments, name):  # noqa: F81
     mine, plain = (load_file(f / changed) for f in (folder, lora))
     assert any(not torch.equal(mine[key], plain[key]) for key in plain)
     assert all(tensor.isfinite().all() for tensor in mine.values())
+
+
+def test_eproj_trains_a_projector_for_every_group_and_nothing_else(arguments):  # noqa: F811
+    folder = run(load_recipe([*arguments, "--method", "eproj", "--tasks", "TextVQA", "ScienceQA", "GQA"]))
+    text, _, gqa = (load_file(path) for path in sorted(folder.glob("stages/*/adapter/*.safetensors")))
+    assert all((tensor == 0).all() for name, tensor in gqa.items() if "lora_B" in name)
+    assert all(torch.equal(tensor, text[name]) for name, tensor in gqa.items() if "lora" in name)
+    apart = [name for name in gqa if not torch.equal(gqa[name], text[name])]
+    assert len(apart) == 4 and all("multi_modal_projector" in name for name in apart)
+    told = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("stages/*/stage.json")}
+    assert told["03-GQA"]["start"] == "01-TextVQA", "its group"
+    assert {own["trained_parameters"] for own in told.values()} == {sum(gqa[name].numel() for name in apart)}
+
+
+@pytest.mark.parametrize("name", ["ewc", "agem", "pgp", "cofima", "replay"])
+def test_a_stage_recalls_the_memory_of_its_group_not_of_the_latest_stage(arguments, monkeypatch, name):  # noqa: F811
+    """TextVQA, ScienceQA, GQA: the third stage continues the first one's group."""
+    seen, recall = {}, METHODS[name].recall
+
+    def watched(self, memory):
+        seen[self.stage.task] = copy.deepcopy(memory)
+        recall(self, memory)
+
+    monkeypatch.setattr(METHODS[name], "recall", watched)
+    line = ["--method", name, "--grouping", "true", "--tasks", "TextVQA", "ScienceQA", "GQA"]
+    folder = run(load_recipe([*arguments, *line]))
+    kept = torch.load(folder / "stages/01-TextVQA/method.pt", weights_only=True)
+    torch.testing.assert_close(seen["GQA"], kept, rtol=0, atol=0)
+    assert seen["TextVQA"] == seen["ScienceQA"] == {}, "new groups"
+
+
+def test_lwf_is_taught_by_the_weights_of_its_group(arguments, monkeypatch):  # noqa: F811
+    teachers, before_task = [], METHODS["lwf"].before_task
+
+    def watched(self, *given):
+        before_task(self, *given)
+        teachers.append(self.teacher)
+
+    monkeypatch.setattr(METHODS["lwf"], "before_task", watched)
+    line = ["--method", "lwf", "--grouping", "true", "--tasks", "TextVQA", "ScienceQA", "GQA"]
+    folder = run(load_recipe([*arguments, *line]))
+    first = load_file(folder / "stages/01-TextVQA/adapter/adapter_model.safetensors")
+    assert teachers[:2] == [None, None] and len(teachers[2]) == len(first)
+    for key, weight in teachers[2].items():
+        assert torch.equal(weight, first[key.replace(".modules_to_save", "").replace(".default", "")]), key
+
+
+@pytest.mark.parametrize("name", ["lora", "ewc", "agem", "pgp"])
+@pytest.mark.parametrize("more", [["--logging_steps", "1"], ["--logging_steps", "99", "--save-steps", "1"]])
+def test_numbers_that_are_not_finite_stop_the_run(arguments, tmp_path, name, more):  # noqa: F811
+    """At the next line of the log, and before a checkpoint is completed."""
+    line = [*arguments, "--method", name, "--learning_rate", "1e38", "--tasks", "GQA", *more]
+    with pytest.raises(FloatingPointError, match=r"r/01-GQA, up to|checkpoint-\d+: not finite"):
+        run(load_recipe(line))
+    for complete in tmp_path.glob("runs/r/stages/*/trainer/*/COMPLETE"):
+        saved = load_file(complete.parent / "adapter_model.safetensors")
+        assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_what_the_last_run_would_refuse_is_refused_before_the_first(arguments):  # noqa: F811
+    with pytest.raises(SystemExit, match=r"method lwf does not work with --zero 3"):
+        reproduce(["table1", "--mini", "--rows", "LoRA", "LwF", "--zero", "3", *arguments[2:4]])
+    for name in ("agem", "pgp"):
+        with pytest.raises(ValueError, match=f"method {name} changes gradients"):
+            commands([*arguments, "--method", name, "--max_grad_norm", "1"])
 
 
 def test_a_method_refuses_the_engines_it_does_not_work_under(arguments):  # noqa: F811

@@ -68,14 +68,14 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 COMPUTED = ("agem", "cofima", "coma", "ewc", "lwf", "model_tailor", "moelora", "pgp", "replay")
 
 
-def work(base: Path, data: Path, out: Path, launch: list[str], zero: str) -> dict[str, dict]:
-    """What tests/method_worker.py tells of every method."""
+def work(base: Path, data: Path, out: Path, launch: list[str], zero: str, names=COMPUTED) -> dict[str, dict]:
+    """What tests/method_worker.py tells of the methods."""
     config = "none" if zero == "none" else f"scripts/zero{zero}.json"
-    line = [*launch, "tests/method_worker.py", str(base), str(data), str(out), config, *COMPUTED]
+    line = [*launch, "tests/method_worker.py", str(base), str(data), str(out), config, *names]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    return {name: torch.load(f"{out}.{name}.pt") for name in COMPUTED}
+    return {name: torch.load(f"{out}.{name}.pt") for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,16 @@ def test_two_processes_train_as_one(alone, tiny_base, tiny_data, tmp_path, zero)
     assert told["pgp"]["cut"] == (0 if zero == "none" else 1)
     for key, energies in alone["pgp"]["energies"].items():
         assert (told["pgp"]["energies"][key] - energies).norm() <= 1e-4 * energies.norm(), key
+
+
+@pytest.mark.slow
+def test_in_bfloat16_the_model_shows_what_methods_write_into_float32_masters(tiny_base, tiny_data, tmp_path):
+    """Under ZeRO 2, where the gradients of later parameter groups are joined and cast only when their turn comes."""
+    told = work(tiny_base, tiny_data, tmp_path / "told", TORCHRUN, "2", ("agem.bf16", "pgp.bf16", "ewc.bf16"))
+    for name, one in told.items():
+        assert one["moved"] > 0 and one["shown"] and all(w.isfinite().all() for w in one["weights"].values()), name
+        assert any(not torch.equal(w, w.bfloat16().float()) for w in one["weights"].values()), "masters are float32"
+    assert 0 < told["agem.bf16"]["report"]["projected_share"] <= 1
 
 
 @pytest.mark.slow

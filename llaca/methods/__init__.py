@@ -1,8 +1,10 @@
 """The methods by name. To add one: write its file, name it here, and give it a line in configs/methods/."""
 
+from llaca.config import Recipe
 from llaca.methods.agem import AGEM
 from llaca.methods.average import MovingAverage
 from llaca.methods.base import Method
+from llaca.methods.eproj import EProj
 from llaca.methods.ewc import EWC
 from llaca.methods.lwf import LwF
 from llaca.methods.merging import CoFiMA, CoMA
@@ -27,7 +29,23 @@ METHODS: dict[str, type[Method]] = {
     "cofima": CoFiMA,
     "model_tailor": ModelTailor,
     "moelora": MoELoRA,
-    "eproj": Method,
+    "eproj": EProj,
     "fixed_ema": MovingAverage,
     "llaca": MovingAverage,
 }
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The method of a recipe. Raises ValueError if it cannot follow the recipe's settings, model or engine."""
+    name, zero = recipe.method.method, recipe.run.zero
+    method = METHODS[name](recipe.method)
+    if zero not in method.engines:
+        works = f"{', '.join(method.engines)} (none: one process or DDP)"
+        raise ValueError(f"method {name} does not work with --zero {zero}; it does with {works}")
+    clipping = [recipe.train.max_grad_norm, *(own.get("max_grad_norm", 0) for own in recipe.train.per_task.values())]
+    if method.edits_gradients and any(clipping):
+        raise ValueError(
+            f"method {name} changes gradients, and engines clip and unscale them at different times: max_grad_norm 0"
+        )
+    method.check_model(recipe.model)
+    return method
