@@ -169,7 +169,8 @@ def facts(runs: list[Run], metrics: dict[str, dict]) -> pd.DataFrame:
                 },
             }
         )
-    return pd.DataFrame(rows)
+    kinds = {"trained parameters": "Int64", "seconds per step": float, "peak GB": float}
+    return pd.DataFrame(rows).astype(kinds)
 
 
 def most(told: list[dict], key: str, unit: int = 1) -> float | None:
