@@ -1,4 +1,5 @@
-"""Experience replay: n random records of every earlier task are trained on with the new ones."""
+"""Experience replay (Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", arXiv 1902.10486): n random
+records of every earlier task are trained on with the new ones, shuffled among them."""
 
 import random
 from collections.abc import Mapping
