@@ -173,6 +173,18 @@ def facts(runs: list[Run], metrics: dict[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows).astype(kinds)
 
 
+def differences(behind: pd.DataFrame, pairs: dict[str, list[str]]) -> str:
+    """Row minus row of `facts`, seed by seed, as a GitHub table: mean ± sample standard deviation, in points."""
+    metrics = ("Avg.ACC", "Forgetting", "New.ACC")
+    lines = [["", "Difference", *metrics, "Seeds"], ["---", "---", *["---:"] * 4]]
+    for words, (one, other) in pairs.items():
+        own, foil = (behind[behind["method"] == label].set_index("seed") for label in (one, other))
+        apart = own[[*metrics]].sub(foil[[*metrics]]).dropna()
+        cells = [f"{apart[metric].mean():+.1f} ± {apart[metric].std(ddof=1):.1f}" for metric in metrics]
+        lines.append([words, f"{one} - {other}", *cells, str(len(apart))])
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), ""])
+
+
 def most(told: list[dict], key: str, unit: int = 1) -> float | None:
     """The largest of the stages' figures; None without one, as in runs of before it was recorded."""
     return max((story[key] / unit for story in told if key in story), default=None)

@@ -5,8 +5,8 @@
 scripts/reproduce_*.sh call it. The runs of each table stand in eval/studies.yaml. A run has the name that
 train_continual.sh gives it, so tables share runs, and what is done is not repeated. --mini: the recipe of CoIN-mini, as
 many runs at a time as there are cores.
-Writes table.{txt,md,csv,tex}, seeds taken together, runs.csv, costs.md and figures into DIR (default:
-runs/tables/NAME).
+Writes table.{txt,md,csv,tex}, seeds taken together, runs.csv, costs.md, differences.md and figures into DIR
+(default: runs/tables/NAME).
 """
 
 import argparse
@@ -23,7 +23,7 @@ import pandas as pd
 import yaml
 
 from eval.predict import Run, open_run
-from eval.report import FORMATS, answer, costs, draw, facts, fallback_notes, format_notes, score_run
+from eval.report import FORMATS, answer, costs, differences, draw, facts, fallback_notes, format_notes, score_run
 from eval.score import majority_baseline
 from eval.tables import ALL_METRICS, Row, method_row, results_table
 from llaca.config import CONFIGS, Recipe, load_recipe
@@ -139,6 +139,9 @@ def table(study: dict[str, Any], runs: dict[str, list[Run]], options: argparse.N
         (options.out / f"table.{suffix}").write_text(render(found), encoding="utf-8")
     behind.to_csv(options.out / "runs.csv", index=False, float_format="%.4g")
     (options.out / "costs.md").write_text(costs(behind), encoding="utf-8")
+    told = set(study["rows"])
+    if pairs := {words: pair for words, pair in study.get("differences", {}).items() if told.issuperset(pair)}:
+        (options.out / "differences.md").write_text(differences(behind, pairs), encoding="utf-8")
     if len({tuple(run.tasks) for run in every}) == 1:
         draw(runs, metrics, options.out)
     print(f"\n{found.text()}\nTables (txt, md, csv, tex) and figures: {options.out}")

@@ -66,6 +66,7 @@ def test_every_row_of_every_study_can_be_run_and_has_its_printed_numbers(name):
     found = paper_rows(study, loaded.stream.tasks)
     assert len(found) == len(wanted)
     assert all(row.mean["Avg.ACC"] is not None for row in found.values())
+    assert all(set(pair) <= set(study["rows"]) for pair in study.get("differences", {}).values())
     scripts = [path.read_text() for path in (ROOT / "scripts").glob("*.sh")]
     assert sum(f"eval.reproduce {name} " in script for script in scripts) == 1
 

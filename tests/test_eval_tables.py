@@ -8,9 +8,11 @@ import statistics
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from eval.metrics import summarise
+from eval.report import differences
 from eval.tables import (
     PAPER_TABLE_1,
     method_row,
@@ -123,6 +125,15 @@ def test_latex_escapes_its_notes(table):
     """A bare % would comment out the end of its line."""
     notes = replace(table, notes=("beta fell back in 12.9 % of lcia_release's {steps} & more",)).latex()
     assert r"12.9 \% of lcia\_release's \{steps\} \& more}\par" in notes
+
+
+def test_differences_are_taken_seed_by_seed():
+    rows = [("A", 0, 50.0), ("A", 1, 60.0), ("A", 2, 99.0), ("B", 1, 50.0), ("B", 0, 44.0)]
+    behind = pd.DataFrame(
+        [{"method": m, "seed": s, "Avg.ACC": v, "Forgetting": -v, "New.ACC": v / 2} for m, s, v in rows]
+    )
+    line = differences(behind, {"what": ["A", "B"]}).splitlines()[2]
+    assert line == "| what | A - B | +8.0 ± 2.8 | -8.0 ± 2.8 | +4.0 ± 1.4 | 2 |"
 
 
 @pytest.mark.parametrize("form", ["text", "markdown", "csv", "latex"])
