@@ -20,7 +20,6 @@ from data.mini import build
 from eval.report import main as report
 from eval.tables import read_matrix
 from llaca.config import load_recipe
-from llaca.launch import announce, choose_launcher, commands
 from llaca.stream import only_one
 from llaca.train import run
 from llava.dataset import DataError
@@ -227,20 +226,6 @@ def test_two_processes_under_zero_2_killed_and_started_again(arguments, tmp_path
     assert story["engine"] == "DeepSpeed ZeRO 2" and story["averaged"]
 
 
-@pytest.mark.slow
-def test_deepspeeds_own_launcher_trains_what_torchrun_trains(arguments, tmp_path):
-    """It hands its processes a --local_rank unless told not to."""
-    line = [*arguments[:-1], "r", "--method", "llaca", "--tasks", "TextVQA", "GQA", "--zero", "2", "--batch-size", "4"]
-    for launcher in ("deepspeed", "torchrun"):
-        runs = ["--runs-dir", str(tmp_path / launcher)]
-        done = subprocess.run(
-            choose_launcher(launcher, 2, None, "2").line([*line, *runs]), capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    ours, theirs = (adapters(tmp_path / launcher / "r") for launcher in ("deepspeed", "torchrun"))
-    assert ours == theirs and len(ours) > 4
-
-
 def test_report_of_all_kinds_of_run(arguments, tmp_path, capsys):
     for method in ("lora", "llaca", "multi_task", "zero_shot"):
         run(load_recipe([*arguments[:-1], method, "--method", method]))
@@ -311,42 +296,6 @@ def test_a_run_refuses_another_recipe_other_data_and_a_second_process(arguments,
         pass
 
 
-def test_the_launcher_says_under_which_engines_a_method_works(arguments, capsys):
-    announce(commands([*arguments, "--method", "ewc"]), choose_launcher(None, 1, None, "none"), 1)
-    assert "works with --zero none, 0, 1, 2 (" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_launchers_children_end_with_it(arguments, tmp_path, stop):
-    line = [sys.executable, "-m", "llaca.launch", *arguments, "--epochs", "50"]
-    launcher = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folders = [tmp_path / "runs" / f"r-{method}" for method in ("lora", "llaca")]
-    while not all((f / "stages").exists() for f in folders) and launcher.poll() is None:
-        time.sleep(0.05)
-    launcher.send_signal(stop)
-    assert launcher.wait(timeout=20) != 0
-    for folder in folders:
-        with only_one(folder, seconds=10):  # raises while a child still holds the run
-            assert not list(folder.glob("stages/03*/DONE"))
-
-
-def test_the_launcher_stops_on_a_broken_test_record_with_one_message(arguments, mini):
-    path = mini / "Instructions" / "GQA" / "test.json"
-    good = path.read_text()
-    records = json.loads(good)
-    records[2]["image"] = "GQA/test/none.png"
-    try:
-        path.write_text(json.dumps(records))
-        line = [sys.executable, "-m", "llaca.launch", *arguments]
-        stopped = subprocess.run(line, capture_output=True, text=True)
-    finally:
-        path.write_text(good)
-    assert stopped.returncode != 0 and "Traceback" not in stopped.stderr
-    assert "GQA/test.json" in stopped.stderr and "record 2" in stopped.stderr and "none.png" in stopped.stderr
-    assert not Path(arguments[3]).exists()
-
-
 def test_tensorboard_files_outlive_the_stage(arguments):
     folder = run(load_recipe([*arguments, "--method", "lora", "--tasks", "TextVQA", "--report_to", "tensorboard"]))
     assert list((folder / "tensorboard" / "01-TextVQA").rglob("events.out.tfevents.*"))
@@ -364,36 +313,6 @@ def test_report_of_a_run_that_is_not_complete(arguments, tmp_path, capsys):
     assert not (folder / "metrics.json").exists(), "figures of half a stream would look like a result"
     (folder / "stages" / "01-ScienceQA" / "DONE").unlink()
     report(["--runs-dir", str(tmp_path / "runs")])
-
-
-@pytest.mark.parametrize(
-    ("how", "expected"),
-    [
-        ((None, None, None, "none"), ("python", 1)),
-        ((None, None, None, "2"), ("torchrun", 1)),
-        ((None, 4, None, "none"), ("torchrun", 4)),
-        ((None, None, "hosts", "2"), ("deepspeed", 1)),
-        (("deepspeed", 2, None, "3"), ("deepspeed", 2)),
-    ],
-)
-def test_launcher_by_default_and_by_name(how, expected):
-    chosen = choose_launcher(*how)
-    assert (chosen.name, chosen.processes) == expected
-    line = chosen.line(["--run", "r"])
-    assert line[-3:] == ["llaca.train", "--run", "r"] and line[0] == sys.executable
-
-
-def test_launchers_that_do_not_fit_are_refused():
-    for how in (("python", 2, None, "none"), ("python", None, None, "2"), ("torchrun", None, "hosts", "none")):
-        with pytest.raises(ValueError, match="--launcher"):
-            choose_launcher(*how)
-
-
-def test_launch_without_a_method_trains_lora_and_llaca():
-    names = [recipe.run.run for recipe, _ in commands(["--seed", "3"])]
-    assert names == ["lora-seed3", "llaca-seed3"]
-    assert [recipe.run.run for recipe, _ in commands(["--run", "x"])] == ["x-lora", "x-llaca"]
-    assert [recipe.run.run for recipe, _ in commands(["--run", "x", "--method", "lora"])] == ["x"]
 
 
 @pytest.mark.parametrize(("samples", "epochs", "accumulation"), [(24, 1, 1), (25, 2, 1), (24, 1, 2), (40, 1.5, 2)])
