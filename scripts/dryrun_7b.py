@@ -27,7 +27,7 @@ from data.mini.build import build, is_built
 from llaca.config import CONFIGS, load_recipe
 from llaca.plan import GB, plan
 from llaca.train import load_stream, run
-from llava.checkpoint import read_base, split_base, write_base
+from llava.base import read_base, split_base, write_base
 from llava.dataset import InstructionDataset
 from llava.image import padding_processor
 from llava.model import image_tokens, load_processor

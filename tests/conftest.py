@@ -20,7 +20,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from llava.checkpoint import assemble
+from llava.base import assemble
 from llava.conversation import SYSTEM
 from llava.dataset import load_samples
 from llava.model import load_base

@@ -18,15 +18,8 @@ from transformers import (
     LlavaProcessor,
 )
 
-from llava.checkpoint import (
-    disassemble,
-    export_adapter,
-    import_adapter,
-    import_adapter_folder,
-    merge,
-    read_base,
-    write_base,
-)
+from llava.adapter import export_adapter, import_adapter, import_adapter_folder, merge
+from llava.base import disassemble, read_base, write_base
 from llava.conversation import encode
 from llava.dataset import Collator, InstructionDataset
 from llava.model import attach_lora, image_tokens, load_base, save_adapter, trainable_parameters
