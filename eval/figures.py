@@ -153,7 +153,7 @@ def average_vs_forgetting(points: Mapping[str, np.ndarray], path: Path | str) ->
     if not points:
         raise ValueError("no methods to draw")
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        figure = Figure(figsize=(8.4, max(4.2, 0.4 + 0.27 * len(points))), layout="constrained")
         axes = figure.subplots()
         for position, (label, values) in enumerate(points.items()):
             seeds = np.atleast_2d(np.asarray(values, float))
@@ -165,7 +165,7 @@ def average_vs_forgetting(points: Mapping[str, np.ndarray], path: Path | str) ->
         axes.set_xlabel("Forgetting (lower is better)")
         axes.set_ylabel("Avg.ACC, % (higher is better)")
         axes.margins(0.12)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        figure.legend(loc="outside right upper")
         save(figure, path)
 
 

@@ -191,15 +191,24 @@ def most(told: list[dict], key: str, unit: int = 1) -> float | None:
 
 
 def costs(behind: pd.DataFrame) -> str:
-    """What each method took, as a GitHub table: means over the runs of `facts`, the largest peak of memory."""
+    """What each method took, as a GitHub table: means over the runs of `facts`, the largest peak of memory. A
+    dash: recorded by none of them."""
     groups = behind.groupby("method", sort=False)
     lines = [["Method", "Trained parameters", "Steps", "Seconds per step", "Minutes", "Peak memory, GB"], ["---"]]
     lines[1] += ["---:"] * 5
+    forms = {
+        "trained parameters": ",.0f",
+        "steps": ",.0f",
+        "seconds per step": ".3f",
+        "minutes": ".1f",
+        "peak GB": ".2f",
+    }
     for method, runs in groups:
         mean = runs.mean(numeric_only=True)
+        mean["peak GB"] = runs["peak GB"].max()
         if mean["steps"]:
-            told = [f"{mean['trained parameters']:,.0f}", f"{mean['steps']:,.0f}", f"{mean['seconds per step']:.3f}"]
-            lines.append([method, *told, f"{mean['minutes']:.1f}", f"{runs['peak GB'].max():.2f}"])
+            told = [format(mean[key], form) if pd.notna(mean[key]) else "-" for key, form in forms.items()]
+            lines.append([method, *told])
     notes = [
         "Seconds per step: the stages' whole time by their steps, with what the method does between and after them.",
         "Peak memory: of the process with most; on a GPU what torch allocated, else resident, libraries included.",

@@ -83,6 +83,12 @@ def test_seeds_and_their_mean(tmp_path, drawn):
     assert marks == [[[40, 30], [44, 34]], [[42, 32]], [[5, 60]]]
 
 
+def test_a_long_legend_leaves_the_axes_their_room(tmp_path, drawn):
+    figures.average_vs_forgetting({f"method {i}": (i, 100 - i) for i in range(25)}, tmp_path / "a.png")
+    place = drawn[0].axes[0].get_position()
+    assert place.height > 0.7 and place.width > 0.5
+
+
 def test_nothing_reaches_over_the_edge_and_bytes_repeat(tmp_path):
     runs = {f"a method with a rather long name {i}": (LORA, TASKS) for i in range(7)}
     for name in ("a.png", "b.png"):
