@@ -1,7 +1,7 @@
 """What the dynamic average costs at the shapes of LLaVA-7B's LoRA: 452 tensors, 340.8 million values, float32.
 
-    python scripts/bench_ema.py [--average eq45] [--repeats 3] [--layers 32]
-    python scripts/bench_ema.py --step            the overhead of LLaCA over LoRA in the recipe of CoIN-mini, in percent
+    python -m scripts.bench_ema [--average eq45] [--repeats 3] [--layers 32]
+    python -m scripts.bench_ema --step            the overhead of LLaCA over LoRA in the recipe of CoIN-mini, in percent
 
 The first compares, on this machine and with the threads that OMP_NUM_THREADS allows (about 12 GB of memory):
 
@@ -27,6 +27,7 @@ import torch
 from llaca.beta import settings_of
 from llaca.config import load_recipe
 from llaca.ema import DynamicAverage, kept_of_the_past
+from llaca.launch import prepare_data
 from llaca.train import run
 
 
@@ -100,6 +101,7 @@ def compare(average: str, layers: int, repeats: int) -> dict[str, float]:
 
 def step_overhead(repeats: int) -> float:
     """Percent by which an average lengthens a step of CoIN-mini's recipe, LLaCA and LoRA in turns; prints it."""
+    prepare_data(load_recipe([]))
     times: dict[str, list[float]] = {"lora": [], "llaca": []}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(repeats):

@@ -1,6 +1,6 @@
 """How fast test sets are answered, against one question at a time with the same model, data and settings.
 
-    python scripts/bench_predict.py [--questions 100] [--processes 2]
+    python -m scripts.bench_predict [--questions 100] [--processes 2]
 
 Trains a LoRA on a few records of CoIN-mini, then answers the first questions of all eight test sets:
 

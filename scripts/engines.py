@@ -1,6 +1,6 @@
 """Does every engine give the same balance weights and average? Trains two short stages of CoIN-mini under each.
 
-    python scripts/engines.py [--rules eq45 eq14 lcia_release] [--engines ...] [--work DIR] [--out FILE]
+    python -m scripts.engines [--rules eq45 eq14 lcia_release] [--engines ...] [--work DIR] [--out FILE]
 
 Two gloo ranks on a CPU for all but the first rows; the same global batches in the same order. Prints, against the
 first row: the largest difference of a beta (any step, any tensor), also relative to that beta, with the share of those
@@ -23,6 +23,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
+
+from llaca.config import load_recipe
+from llaca.launch import prepare_data
 
 LIMIT = 1e-4
 STAGE = "stages/02-VQAv2"
@@ -61,7 +64,6 @@ def work_on(work: Path, engine: str, rules: list[str]) -> None:
     import torch.distributed as dist
 
     from llaca import ranks
-    from llaca.config import load_recipe
     from llaca.train import run
 
     calls = 0
@@ -133,6 +135,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return work_on(args.work, args.worker, args.rules)
+    prepare_data(load_recipe([*COMMON, "--method", "lora"]))
     with tempfile.TemporaryDirectory() as folder:
         work = args.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes checkpoints/tiny-llava anew, from random weights, and probes what it can do: about 45 minutes on two cores of
+# Makes checkpoints/tiny-llava anew, from random weights, and probes what it can do: about an hour on two cores of
 # a CPU with AVX512-BF16 (two to three times as long without; --no-bf16 is then faster).
 #
 #   bash scripts/pretrain_tiny.sh [--out DIR] [--start-from DIR] [--seed N] [--no-bf16]

@@ -1,4 +1,4 @@
-"""Probes what a tiny base can do before any LoRA: `python scripts/probe_tiny.py [--base DIR] [--per-skill N]`.
+"""Probes what a tiny base can do before any LoRA: `python -m scripts.probe_tiny [--base DIR] [--per-skill N]`.
 
 Asks fresh questions of the pre-training corpus, one skill at a time, and compares the answers: a choice by its letter,
 a place by IoU > 0.5, everything else word for word. Prints accuracies in percent; --json FILE also writes them.

@@ -9,7 +9,7 @@
 #SBATCH --ntasks-per-node 1
 #SBATCH --signal TERM@120
 #SBATCH --requeue
-#SBATCH --output runs/slurm-%j.log
+#SBATCH --output slurm-%j.log
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?start it with sbatch, in the project folder}"
 export NNODES=$SLURM_NNODES MASTER_PORT=${MASTER_PORT:-29500}
