@@ -45,6 +45,23 @@ def instruction_of(prompt: str, place: str = "last line") -> str:
     return instruction
 
 
+def wordings(prompts: Iterable[tuple[str, str]], place: str, source: Path) -> list[str]:
+    """The distinct instructions of (record's name, prompt) pairs, sorted; `place` as in `instruction_of`.
+
+    Raises ValueError naming the file `source` and the records in whose prompts there is none.
+    """
+    found, problems = set(), []
+    for name, prompt in prompts:
+        try:
+            found.add(instruction_of(prompt, place))
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        raise ValueError(f"{source}: add an instruction to {len(problems)} record(s), or remove them\n  {shown}")
+    return sorted(found)
+
+
 def similarity(left: Sequence[str], right: Sequence[str]) -> np.ndarray:
     """[len(left), len(right)]: the cosine of each pair under TF-IDF weights fitted on that pair alone.
 
@@ -97,26 +114,29 @@ class Codebook:
         self.groups = [_distinct(group) for group in groups]
 
     def match(self, instructions: Sequence[str]) -> Match:
-        """The best group (the first of equals) if it reaches the threshold, and the scores of all."""
+        """The best group (the first of equals) if it reaches the threshold, and the scores of all.
+
+        A group of exactly these instructions matches whatever its score: ten different ones may be little alike.
+        """
         instructions = _distinct(instructions)
         reduce = np.mean if self.aggregate == "mean" else np.max
         scores = [float(reduce(similarity(instructions, group))) for group in self.groups]
+        if (same := self._same(instructions)) is not None:
+            return Match(same, scores)
         best = int(np.argmax(scores)) if scores else None
         return Match(best if scores and scores[best] >= self.threshold else None, scores)
 
-    def choose(self, instructions: Sequence[str], unmatched: str = "nearest") -> Choice:
-        """The group for a test set. Below the threshold: the 'nearest' group, or the 'last' as released.
+    def choose(self, instructions: Sequence[str]) -> Choice:
+        """The group for a test set: below the threshold the most similar one, where the release takes the last.
 
         Raises ValueError if there is no group yet.
         """
         if not self.groups:
             raise ValueError("the codebook is empty: no parameter set to choose from")
-        if unmatched not in ("nearest", "last"):
-            raise ValueError(f"unmatched must be nearest or last, not {unmatched!r}")
         index, scores = self.match(instructions)
         if index is not None:
             return Choice(index, True, scores)
-        return Choice(int(np.argmax(scores)) if unmatched == "nearest" else len(scores) - 1, False, scores)
+        return Choice(int(np.argmax(scores)), False, scores)
 
     def add(self, index: int | None, instructions: Sequence[str]) -> int:
         """Let the group take in the instructions it has not seen; None founds a group. Returns the index.
@@ -125,15 +145,17 @@ class Codebook:
         """
         instructions = _distinct(instructions)
         if index is None:
-            same = [i for i, group in enumerate(self.groups) if set(group) == set(instructions)]
-            if same:
-                return same[0]
+            if (same := self._same(instructions)) is not None:
+                return same
             self.groups.append(instructions)
             return len(self.groups) - 1
         if not 0 <= index < len(self.groups):
             raise ValueError(f"no group {index} in a codebook of {len(self.groups)}")
         self.groups[index] = _distinct([*self.groups[index], *instructions])
         return index
+
+    def _same(self, instructions: Sequence[str]) -> int | None:
+        return next((i for i, group in enumerate(self.groups) if set(group) == set(instructions)), None)
 
     def to_json(self) -> str:
         """The codebook as JSON text, the same text for the same groups."""

@@ -49,9 +49,10 @@ class Pool:
 
     def put(self, choice: Choice, instructions: list[str], task: str, stage: str) -> None:
         """Records that `stage` has trained `task` from `choice`; its parameters replace the group's."""
-        group = len(self.holders) if self.oracle else 0
-        if self.grouping:
-            group = self.codebook.add(choice.group, instructions)
+        if self.oracle:
+            group = len(self.holders)
+        else:
+            group = self.codebook.add(choice.group, instructions) if self.grouping else 0
         if group < len(self.holders):
             self.holders[group] = stage
             self.members[group].append(task)

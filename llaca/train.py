@@ -23,7 +23,7 @@ from data.benchmark import image_root, open_benchmark, train_file
 from data.check import is_checked
 from llaca import ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
-from llaca.grouping import THRESHOLDS, Codebook, instruction_of
+from llaca.grouping import THRESHOLDS, Codebook, wordings
 from llaca.methods import METHODS, method_of
 from llaca.methods.base import Method, StageView
 from llaca.pool import Choice, Pool
@@ -146,8 +146,7 @@ def train_stage(
     start = None if checkpoint or recipe.run.zero == "none" else adapter_state(student.model)
     own, pad_id = datasets[stage.task], student.processor.tokenizer.pad_token_id
     method.stage = StageView(stage.task, student.model, own, pad_id, stage_seed)
-    known = stage.folder.parent / choice.start / MEMORY if choice.matched else None
-    method.recall(torch.load(known, map_location="cpu", weights_only=True) if known and known.is_file() else {})
+    method.recall(handed_on(method, stage.folder.parent / choice.start) if choice.matched else {})
     dataset = method.extend(own, datasets)
     steps = settings.steps(len(dataset), ranks.count())
     bar.total += steps - settings.steps(len(own), ranks.count())
@@ -179,8 +178,8 @@ def train_stage(
         save_adapter(student.model, folder / "adapter", final)
         if averaged is not None:
             save_adapter(student.model, folder / "plain", trained)
-        if memory := method.memory():
-            torch.save(memory, folder / MEMORY)
+        if method.hands_on:
+            torch.save(method.memory(), folder / MEMORY)
     return {
         "stage": stage.name,
         "tasks": list(stage.tasks),
@@ -196,6 +195,18 @@ def train_stage(
         "averaged": averaged is not None,
         **report,
     }
+
+
+def handed_on(method: Method, stage: Path) -> dict:
+    """The method's memory of an earlier stage. Raises FileNotFoundError if the stage's folder has lost it."""
+    if not method.hands_on:
+        return {}
+    if not (stage / MEMORY).is_file():
+        raise FileNotFoundError(
+            f"{stage / MEMORY} is not there: what {method.config.method} has to know of earlier tasks. Copy it to the "
+            f"run, or remove {stage}/DONE and train the stage again"
+        )
+    return torch.load(stage / MEMORY, map_location="cpu", weights_only=True)
 
 
 def trainer_arguments(recipe: Recipe, settings: TrainConfig, stage: Stage, seed: int, folder: Path):
@@ -256,8 +267,23 @@ def run(recipe: Recipe) -> Path:
     return folder
 
 
+def stage_wordings(recipe: Recipe, stages: list[Stage], records: dict[str, Loaded]) -> dict[str, list[str]]:
+    """The instructions of every stage by its name. Raises ValueError for a record without one."""
+    stream, benchmark = recipe.stream, open_benchmark(recipe.stream.data_root)
+    own = {
+        task: wordings(
+            ((f"record {sample.record} (id {sample.id!r})", sample.turns[0][0]) for sample in loaded.usable),
+            benchmark.task(task).instruction,
+            train_file(stream.data_root, stream.instructions, task),
+        )
+        for task, loaded in records.items()
+    }
+    return {stage.name: sorted({text for task in stage.tasks for text in own[task]}) for stage in stages}
+
+
 def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, Loaded], method: Method) -> None:
     """Walks the stream, past the stages that are done."""
+    instructions = stage_wordings(recipe, stages, records)
     student = load_student(recipe, records, method)
     features = student.features
     datasets = stage_datasets(recipe, stages, records, student)
@@ -277,7 +303,8 @@ def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, Loaded]
                 continue
             if student is None:
                 student = load_student(recipe, records, method, features)
-            complete_stage(recipe, stage, datasets, records, student, method, pool, bar)
+            dropped = sum(len(records[task].problems) for task in stage.tasks)
+            complete_stage(recipe, stage, datasets, instructions[stage.name], dropped, student, method, pool, bar)
             if recipe.run.zero != "none":
                 student = None  # DeepSpeed has sharded, cast and hooked this model: the next stage takes a new one,
                 unset_hf_deepspeed_config()  # loaded whole
@@ -287,20 +314,14 @@ def complete_stage(
     recipe: Recipe,
     stage: Stage,
     datasets: dict[str, InstructionDataset],
-    records: dict[str, Loaded],
+    instructions: list[str],
+    dropped: int,
     student: Student,
     method: Method,
     pool: Pool,
     bar: tqdm,
 ) -> None:
     """Trains one stage in a folder of its own and gives it its name, with DONE in it, when it is whole."""
-    tasks = open_benchmark(recipe.stream.data_root).tasks
-    wordings = {
-        instruction_of(sample.turns[0][0], tasks[task].instruction)
-        for task in stage.tasks
-        for sample in records[task].usable
-    }
-    instructions = sorted(wordings)
     choice = pool.choose(instructions)
     partial = stage.folder.with_name(stage.folder.name + ".partial")
     if ranks.first():
@@ -308,7 +329,7 @@ def complete_stage(
         partial.mkdir(parents=True, exist_ok=True)
     ranks.wait()
     report = train_stage(recipe, stage, datasets, student, method, choice, bar, partial)
-    report["dropped_records"] = sum(len(records[task].problems) for task in stage.tasks)
+    report["dropped_records"] = dropped
     pool.put(choice, instructions, stage.task, stage.name)
     if ranks.first():
         finish(stage, partial, report, pool)

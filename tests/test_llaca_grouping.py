@@ -17,6 +17,7 @@ from llaca.grouping import (
     instruction_of,
     main,
     similarity,
+    wordings,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -157,8 +158,7 @@ def test_unmatched_test_set():
     codebook = Codebook(0.9, groups=[["draw a box"], ["name the animal"], ["read the word"]])
     near = ["name the animal or plant"]
     assert codebook.choose(near)[:2] == (1, False)
-    assert codebook.choose(near, unmatched="last")[:2] == (2, False)
-    assert codebook.choose(["read the word"], unmatched="last")[:2] == (2, True)
+    assert codebook.choose(["read the word"])[:2] == (2, True)
     with pytest.raises(ValueError, match="empty"):
         Codebook(0.9).choose(near)
 
@@ -249,3 +249,10 @@ def test_command_names_what_is_missing(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["--instructions", str(file)])
         assert message in capsys.readouterr().err
+
+
+def test_prompts_without_an_instruction_are_named_with_their_file():
+    prompts = [("record 0", "<image>\nRead the word."), ("record 1", "<image>\n"), ("record 2", "Read the word")]
+    assert wordings([prompts[0], prompts[2]], "last line", Path("train.json")) == ["Read the word"]
+    with pytest.raises(ValueError, match=r"(?s)train\.json: add an instruction to 1 record.*record 1: no instruction"):
+        wordings(prompts, "last line", Path("train.json"))

@@ -68,3 +68,25 @@ def test_an_oracle_has_parameters_for_every_task_and_knows_the_task():
     assert pool.holder_for(["whatever"], "GQA") == ("after GQA", True)
     assert pool.holder_for(["whatever"], "VQAv2") == ("after VizWiz", False)
     assert Pool.from_json(pool.to_json()).oracle
+
+
+def test_an_oracle_keeps_every_task_apart_with_grouping_too():
+    pool = Pool(True, Codebook(0.9), "fresh", oracle=True)
+    for task in ("TextVQA", "GQA", "VQAv2"):
+        pool.put(pool.choose(["the same instruction"]), ["the same instruction"], task, f"after {task}")
+    assert [pool.holder_for(["the same instruction"], task)[0] for task in ("TextVQA", "GQA")] == [
+        "after TextVQA",
+        "after GQA",
+    ]
+    assert pool.members == [["TextVQA"], ["GQA"], ["VQAv2"]]
+
+
+def test_the_same_instructions_are_one_group_however_little_alike_they_are():
+    """Their mean similarity, 1/3, is below the threshold: without the rule a task would overwrite a group that it did
+    not start from."""
+    pool, own = Pool(True, Codebook(0.9)), ["draw a box", "name the animal", "read the word"]
+    for task in ("A", "B"):
+        choice = pool.choose(own)
+        pool.put(choice, own, task, f"after {task}")
+    assert (choice.group, choice.start) == (0, "after A") and choice.scores == [pytest.approx(1 / 3)]
+    assert pool.members == [["A", "B"]] and pool.holder_for(own, "A") == ("after B", True)

@@ -119,6 +119,11 @@ def test_the_full_trace_has_a_row_per_step_and_tensor_and_the_log_its_median(arg
     logged = {log["step"]: (log["beta_median"], log["beta_fallback_share"]) for log in logs if "loss" in log}
     for step, rows in beta.groupby("step"):
         assert logged[step] == pytest.approx((rows["beta"].median(), rows["fallback"].mean()), rel=1e-6)
+    saved = ["--save-steps", "1", "--logging-steps", "2"]  # checkpoints in between take nothing from the log
+    folder = run(load_recipe([*arguments[:-1], "saved", *line, "--beta-trace", "full", *saved]))
+    logs = [json.loads(text) for text in (folder / "stages/02-GQA/train_log.jsonl").read_text().splitlines()]
+    both = next(log["beta_median"] for log in logs if log["step"] == 2)
+    assert both == pytest.approx(beta.loc[beta["step"] <= 2, "beta"].median(), rel=1e-6)
     quantiles = run(load_recipe([*arguments[:-1], "q", *line])) / "stages" / "02-GQA" / "beta.csv"
     medians = pd.read_csv(quantiles)["beta_q50"]
     assert medians.tolist() == pytest.approx(beta.groupby("step")["beta"].median().tolist(), rel=1e-6)
