@@ -31,7 +31,7 @@ from data.benchmark import image_root, open_benchmark
 from eval.tasks import task_of
 from llaca import ranks
 from llaca.config import Recipe
-from llaca.grouping import instruction_of
+from llaca.grouping import wordings
 from llaca.methods import METHODS
 from llaca.pool import Pool
 from llaca.stream import Stage, ordered, stages_of, write_atomically
@@ -86,11 +86,17 @@ class Run:
         """The questions of every task that this run answers."""
         stream, found = self.recipe.stream, {}
         for task in self.tasks:
-            path = task_of(stream.data_root, task).question_file(stream.data_root, stream.instructions, self.split)
+            path = self.question_file(task)
             loaded = read_questions(path, image_root(stream.data_root), look=False)  # opened when they are answered
             usable = loaded.usable if stream.unchecked else loaded.whole(path)
-            found[task] = usable[: stream.max_test_samples or None]
+            limit = stream.max_test_samples  # of the file's questions, those that cannot be used among them
+            found[task] = [question for question in usable if not limit or question.index < limit]
         return found
+
+    def question_file(self, task: str) -> Path:
+        """The test file of a task in this run's wording."""
+        stream = self.recipe.stream
+        return task_of(stream.data_root, task).question_file(stream.data_root, stream.instructions, self.split)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -98,8 +104,12 @@ class Run:
         if not self.trains:
             return [(BASE, dict.fromkeys(self.tasks, BASE))]
         benchmark, rows, seen = open_benchmark(self.recipe.stream.data_root), [], []
-        wordings = {
-            task: sorted({instruction_of(q.text, benchmark.task(task).instruction) for q in questions})
+        instructions = {
+            task: wordings(
+                ((f"record {q.index} (question_id {q.question_id!r})", q.text) for q in questions),
+                benchmark.task(task).instruction,
+                self.question_file(task),
+            )
             for task, questions in self.questions.items()
         }
         for stage in self.stages:
@@ -111,7 +121,7 @@ class Run:
                     continue
                 if self.cells == "final" and not last:
                     continue
-                row[task], matched = pool.holder_for(wordings[task], task)
+                row[task], matched = pool.holder_for(instructions[task], task)
                 if not matched and task in seen and ranks.first():
                     print(f"{self.name}, {stage.name}: {task} matches no group; the nearest, {row[task]}, answers")
             rows.append((stage.name, row))

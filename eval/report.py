@@ -110,6 +110,25 @@ def method_label(run: Run) -> str:
     return method.method + (f" ({rule})" if rule else "") + (" + grouping" if method.grouping else "")
 
 
+def learning_rates(run: Run) -> str:
+    """Those of LoRA and of the projector."""
+    return f"{run.recipe.train.learning_rate:g} and {run.recipe.train.projector_learning_rate:g}"
+
+
+def by_method(runs: list[Run]) -> dict[str, list[Run]]:
+    """The runs of each row of a table: seeds of one method with the same settings and learning rates."""
+    methods, rates = defaultdict(list), defaultdict(set)
+    for run in runs:
+        rates[method_label(run)].add(learning_rates(run))
+    for run in runs:
+        label = method_label(run)
+        if len(rates[label]) > 1:
+            label += f" (learning rates {learning_rates(run)})"
+        seeds = [other.recipe.run.seed for other in methods[label]]
+        methods[f"{label} [{run.name}]" if run.recipe.run.seed in seeds else label].append(run)
+    return methods
+
+
 def comparable(run: Run) -> tuple:
     """Runs with the same key stand in one table; the learning rates may be a method's own."""
     train = replace(run.recipe.train, learning_rate=0, projector_learning_rate=0)
@@ -119,11 +138,7 @@ def comparable(run: Run) -> tuple:
 def summary(runs: list[Run], metrics: dict[str, dict], out: Path, paper: bool = False) -> str:
     """The table over comparable runs, seeds taken together; files and figures into `out`."""
     stream, split = runs[0].recipe.stream, runs[0].split
-    methods: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        label = method_label(run)
-        seeds = [other.recipe.run.seed for other in methods[label]]
-        methods[f"{label} [{run.name}]" if run.recipe.run.seed in seeds else label].append(run)
+    methods = by_method(runs)
     baseline = {
         t: majority_baseline(t, stream.data_root, stream.instructions, split, stream.max_test_samples)
         for t in stream.tasks
@@ -180,7 +195,8 @@ def differences(behind: pd.DataFrame, pairs: dict[str, list[str]]) -> str:
     for words, (one, other) in pairs.items():
         own, foil = (behind[behind["method"] == label].set_index("seed") for label in (one, other))
         apart = own[[*metrics]].sub(foil[[*metrics]]).dropna()
-        cells = [f"{apart[metric].mean():+.1f} ± {apart[metric].std(ddof=1):.1f}" for metric in metrics]
+        spread = [f" ± {apart[metric].std(ddof=1):.1f}" if len(apart) > 1 else "" for metric in metrics]
+        cells = [f"{apart[metric].mean():+.1f}{told}" for metric, told in zip(metrics, spread, strict=True)]
         lines.append([words, f"{one} - {other}", *cells, str(len(apart))])
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), ""])
 

@@ -132,6 +132,8 @@ def table(study: dict[str, Any], runs: dict[str, list[Run]], options: argparse.N
     behind = facts(every, metrics).assign(method=[label for label, own in runs.items() for _ in own])
     found = results_table(rows, baseline)
     notes = [study["title"] + (", on CoIN-mini with the small base" if options.mini else "") + f"; {split} split."]
+    wordings = {run.recipe.stream.instructions for run in every}
+    notes += [f"The majority row is of the {stream.instructions} instructions."] if len(wordings) > 1 else []
     notes += ["Lines marked 'printed' are the paper's, of the 7B or 13B model on CoIN."] if printed else []
     found = replace(found, notes=(*notes, *found.notes, *format_notes(runs, metrics), *fallback_notes(behind)))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@
 import re
 from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -18,6 +19,17 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 AVERAGE_FIELDS = ("average", "average_start", "fallback_beta", "beta", "constant", "horizon")
 METHOD_FIELDS = (*AVERAGE_FIELDS, "penalty", "consolidation", "temperature", "memory_records", "estimate_records",
                  "merge_weight", "keep_share", "experts", "energy")  # fmt: skip
+LIMITS = {  # of settings that a method cannot do without: (least, greatest); the least of ABOVE is not allowed itself
+    "penalty": (0, inf),
+    "temperature": (0, inf),
+    "memory_records": (0, inf),
+    "estimate_records": (1, inf),
+    "merge_weight": (0, 1),
+    "keep_share": (0, 1),
+    "experts": (1, inf),
+    "energy": (0, 1),
+}
+ABOVE = ("temperature", "keep_share")
 DEFAULT_RECIPE = CONFIGS / "coin_mini.yaml"
 
 
@@ -292,8 +304,10 @@ def read_yaml(path: Path) -> dict:
 def load_recipe(arguments: list[str]) -> Recipe:
     """The recipe that a command line asks for.
 
-    `--recipe FILE` (default: CoIN-mini), then the file of `--method` (or of the recipe's method), then, with
-    `--smoke`, configs/smoke.yaml, then the other `--field value` pairs. Raises ValueError for unknown fields or tasks.
+    `--recipe FILE` (default: CoIN-mini), then the file of `--method` (or of the recipe's method) and what the recipe's
+    `methods` block says of it, then, with `--smoke`, configs/smoke.yaml, then the other `--field value` pairs. A recipe
+    that names this very method, as a run's recipe.yaml does, stands above the method's file itself.
+    Raises ValueError for unknown fields or tasks.
     """
     parser = HfArgumentParser(
         SECTIONS, allow_abbrev=False, description="Trains one run: a stream of tasks with one method."
@@ -314,7 +328,8 @@ def load_recipe(arguments: list[str]) -> Recipe:
         raise ValueError(f"method '{method}' is not known; choose one of {known}")
     # What the recipe says of a method stands above the method's own file: only the recipe knows the model's size.
     tuned = values.pop("methods", {}).get(method, {})
-    values = {**values, **read_yaml(own), **tuned, "method": method}
+    lower, upper = ({}, values) if values.get("method") == method else (values, {})
+    values = {**lower, **read_yaml(own), **upper, **tuned, "method": method}
     spoken = {token.split("=")[0].lstrip("-").replace("-", "_") for token in arguments if token.startswith("--")}
     if "per_task" in values:  # the command line speaks last
         tasks = values["per_task"].items()

@@ -35,7 +35,8 @@ from data.benchmark import train_file
 from llaca.beta import settings_of
 from llaca.config import Recipe, load_recipe
 from llaca.ema import BLOCK, kept_of_the_past
-from llava.model import LORA_TARGETS, NF4_BLOCK, attach_lora, image_tokens, is_projector, trainable_parameters
+from llaca.methods import method_of
+from llava.model import LORA_TARGETS, NF4_BLOCK, image_tokens, is_projector, trainable_parameters
 
 ENGINES = ("DDP", "ZeRO 1", "ZeRO 2", "ZeRO 3", "ZeRO 3 offload")
 GB = 1e9
@@ -62,14 +63,18 @@ class Bytes(NamedTuple):
 
 
 def blank_model(recipe: Recipe) -> torch.nn.Module:
-    """The recipe's model with LoRA, on the meta device. Raises FileNotFoundError without the base's config.json."""
+    """The recipe's model with what its method trains, on the meta device.
+
+    Raises FileNotFoundError without the base's config.json, ValueError for what the method cannot follow.
+    """
     path = Path(recipe.model.base) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the plan needs the base's configuration, not its weights")
     config = LlavaConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    method = method_of(recipe)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config).to(getattr(torch, recipe.model.dtype))
-        return attach_lora(model, recipe.model.lora_rank, recipe.model.lora_alpha, recipe.model.lora_dropout)
+        return method.attach(model, recipe.model)
 
 
 def counts(model: torch.nn.Module) -> dict[str, int]:

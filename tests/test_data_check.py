@@ -147,6 +147,7 @@ def test_an_unchecked_run_leaves_out_what_it_cannot_use_and_says_so(mini, tiny_b
     edit(mini / "Instructions/GQA/test.json", lambda records: records[1].update(image="gone.png"))
     line = ["--base", str(tiny_base), "--data-root", str(mini), "--tasks", "GQA", "VizWiz", "--lora_rank", "2"]
     line += ["--runs-dir", str(tmp_path / "runs"), "--run", "r", "--method", "lora", "--max_new_tokens", "2"]
+    line += ["--max_test_samples", "3"]
     with pytest.raises(DataError, match=r"GQA/train\.json: 3 problem"):
         run(load_recipe(line))
     folder = run(load_recipe([*line, "--unchecked", "true"]))
@@ -155,7 +156,9 @@ def test_an_unchecked_run_leaves_out_what_it_cannot_use_and_says_so(mini, tiny_b
     report(["--runs-dir", str(tmp_path / "runs")])
     assert "lora: 3 broken records were left out of training." in capsys.readouterr().out
     scores = json.loads((folder / "scores.json").read_text())
-    assert {(s["task"], s["missing"], s["questions"]) for s in scores} == {("GQA", 1, 4), ("VizWiz", 0, 4)}
+    assert {(s["task"], s["missing"], s["questions"]) for s in scores} == {("GQA", 1, 3), ("VizWiz", 0, 3)}
+    answers = folder / "answers/02-VizWiz/GQA.jsonl"
+    assert len(answers.read_text().splitlines()) == 2, "of the file's first three questions one cannot be asked"
 
 
 def test_descriptions_that_cannot_be_followed_are_refused(tmp_path):

@@ -6,13 +6,15 @@ import json
 import re
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from eval.metrics import summarise
-from eval.report import differences
+from eval.predict import Run
+from eval.report import by_method, differences
 from eval.tables import (
     PAPER_TABLE_1,
     method_row,
@@ -23,6 +25,7 @@ from eval.tables import (
     write_metrics,
 )
 from eval.tasks import TASKS
+from llaca.config import load_recipe
 
 NAN = float("nan")
 ORDER = ["TextVQA", "ScienceQA"]  # trained the other way round than the table's columns
@@ -134,6 +137,21 @@ def test_differences_are_taken_seed_by_seed():
     )
     line = differences(behind, {"what": ["A", "B"]}).splitlines()[2]
     assert line == "| what | A - B | +8.0 ± 2.8 | -8.0 ± 2.8 | +4.0 ± 1.4 | 2 |"
+
+
+def test_one_seed_has_no_spread():
+    behind = pd.DataFrame({"method": ["A", "B"], "seed": 0, "Avg.ACC": [3.0, 1], "Forgetting": 2.0, "New.ACC": 1.0})
+    assert differences(behind, {"what": ["A", "B"]}).splitlines()[2] == "| what | A - B | +2.0 | +0.0 | +0.0 | 1 |"
+
+
+def test_runs_of_other_learning_rates_are_no_seeds_of_one_method():
+    asked = {"a": ["--seed", "0"], "b": ["--seed", "1", "--learning_rate", "5e-4"], "c": ["--seed", "1"]}
+    runs = [Run(Path(n), load_recipe(["--method", "lora", *line]), [], "test") for n, line in asked.items()]
+    assert {label: [run.name for run in own] for label, own in by_method(runs).items()} == {
+        "lora (learning rates 0.001 and 0.0002)": ["a", "c"],
+        "lora (learning rates 0.0005 and 0.0002)": ["b"],
+    }
+    assert list(by_method([runs[0], runs[2]])) == ["lora"]
 
 
 @pytest.mark.parametrize("form", ["text", "markdown", "csv", "latex"])

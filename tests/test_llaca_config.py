@@ -35,6 +35,15 @@ def test_recipe_then_method_then_recipe_for_the_method_then_command_line(tmp_pat
     assert load_recipe(["--recipe", str(recipe), "--method", "lora"]).train.epochs == 3
 
 
+def test_a_recipe_that_names_the_method_stands_above_its_file(tmp_path):
+    """As a run's recipe.yaml does: read again it gives the same run, but for another method's settings."""
+    recipe = tmp_path / "recipe.yaml"
+    asked = load_recipe(["--method", "ewc", "--penalty", "5", "--consolidation", "per_task"])
+    recipe.write_text(yaml.safe_dump(asked.flat()))
+    assert load_recipe(["--recipe", str(recipe)]) == asked
+    assert load_recipe(["--recipe", str(recipe), "--method", "lwf"]).method.penalty == 1.0
+
+
 def test_smoke_lies_over_the_recipe():
     full, smoke = load_recipe([]), load_recipe(["--smoke"])
     assert (full.stream.max_train_samples, smoke.stream.max_train_samples) == (0, 64)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from llaca.launch import commands
 from llaca.methods import METHODS
 from llaca.methods.base import StageView
 from llaca.methods.merging import merge
-from llaca.train import run
+from llaca.train import handed_on, run
 from llava.dataset import InstructionDataset, load_samples
 from llava.model import attach_lora, trainable_parameters
 from llava.trainer import answer_loss, supervised_logits
@@ -147,17 +148,21 @@ def test_cofima_with_equal_fisher_is_coma_and_weighs_by_fisher():
 def test_merging_stands_between_start_and_end(view, name):
     method = method_of(name, "--merge_weight", "0.4")
     method.stage = view
-    method.recall({"fisher": {k: torch.full_like(w, 1e-4) for k, w in view.weights().items()}})
+    generator = torch.Generator().manual_seed(5)
+    earlier = {k: 1e-4 * torch.rand(w.shape, generator=generator) for k, w in view.weights().items()}
+    method.recall({"fisher": earlier})
     shards = layout_of(view).shards()
     method.before_task(shards, True, 1)
     start = [p.clone() for p in shards.parameters]
     moved(view, 0.5)
     merged, _ = method.after_task(shards, Path())
-    for a, m, b in zip(start, merged, shards.parameters, strict=True):
+    later = diagonal_fisher(view, 200)
+    for key, a, m, b in zip(earlier, start, merged, shards.parameters, strict=True):
         if name == "coma":
             torch.testing.assert_close(m, 0.6 * a + 0.4 * b)
-        low, high = torch.minimum(a, b) - 1e-6, torch.maximum(a, b) + 1e-6
-        assert ((low <= m) & (m <= high)).all()
+        else:
+            old, new = 0.6 * earlier[key], 0.4 * later[key].clamp(max=1e-4)
+            torch.testing.assert_close(m, (old * a + new * b) / (old + new))
     apart = [(m - 0.6 * a - 0.4 * b).abs().max() for a, m, b in zip(start, merged, shards.parameters, strict=True)]
     assert (max(apart) > 0.01) == (name == "cofima")
     method.before_task(shards, False, 1)
@@ -174,6 +179,33 @@ def test_the_replay_buffer_is_exact(arguments):  # noqa: F811
     assert stories[-1]["buffer"]["ScienceQA"] == stories[0]["buffer"]["ScienceQA"]
     told = [json.loads(path.read_text()) for path in sorted(folder.glob("stages/*/stage.json"))]
     assert [(t["samples"], t["replayed"], t["steps"]) for t in told] == [(24, 0, 3), (29, 5, 4), (34, 10, 5)]
+
+
+def test_replay_takes_its_records_from_the_earlier_tasks_own(view):
+    old = copy.copy(view.dataset)
+    old.samples = [replace(sample, id=f"old {sample.id}") for sample in old.samples]
+    method = method_of("replay")
+    method.recall({"buffer": {"old": [3, 12]}})
+    extended = method.extend(view.dataset, {"old": old, "GQA": view.dataset})
+    assert extended.samples == [*view.dataset.samples, old.samples[3], old.samples[12]]
+
+
+def test_a_memory_that_is_lost_stops_the_run(tmp_path):
+    for name in ("replay", "agem", "ewc", "pgp", "cofima"):
+        with pytest.raises(FileNotFoundError, match=f"method.pt is not there: what {name} has to know"):
+            handed_on(method_of(name), tmp_path)
+    assert handed_on(method_of("lora"), tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "words"),
+    [("replay", "memory_records", "-1", "at least 0"), ("ewc", "estimate_records", "0", "at least 1"),
+     ("ewc", "penalty", "-1.0", "at least 0"), ("coma", "merge_weight", "1.5", "at least 0 and at most 1"),
+     ("lwf", "temperature", "0.0", "above 0")],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused_before_anything_is_trained(name, field, value, words):
+    with pytest.raises(ValueError, match=f"method {name}: {field} is {value}; it must be {words}"):
+        method_of(name, f"--{field}", value)
 
 
 def test_joined_records_are_those_of_the_datasets(view):

@@ -103,6 +103,16 @@ def test_two_processes_train_as_one(alone, tiny_base, tiny_data, tmp_path, zero)
         assert (told["pgp"]["energies"][key] - energies).norm() <= 1e-4 * energies.norm(), key
 
 
+def test_in_bfloat16_alone(tiny_base, tiny_data, tmp_path):
+    """As at 7B under DDP: what methods compute besides the trainer's own passes, they compute in bfloat16, too."""
+    names = [f"{name}.bf16" for name in ("agem", "cofima", "ewc", "lwf", "model_tailor", "pgp")]
+    told = work(tiny_base, tiny_data, tmp_path / "told", [sys.executable], "none", names)
+    for name, one in told.items():
+        assert one["moved"] > 0 and all(w.isfinite().all() for w in one["weights"].values()), name
+        assert all(w.dtype == torch.float32 for w in one["weights"].values()), name
+    assert told["agem.bf16"]["report"]["projected_share"] > 0
+
+
 @pytest.mark.slow
 def test_in_bfloat16_the_model_shows_what_methods_write_into_float32_masters(tiny_base, tiny_data, tmp_path):
     """Under ZeRO 2, where the gradients of later parameter groups are joined and cast only when their turn comes."""

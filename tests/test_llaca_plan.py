@@ -25,6 +25,14 @@ def test_llava_7b_trains_exactly_the_language_models_linears_and_the_projector()
     assert not any("vision" in name for name in trainable_parameters(model))
 
 
+def test_what_trains_is_the_methods():
+    eproj = counts(blank_model(load_recipe([*SEVEN, "--method", "eproj"])))
+    assert eproj == {"tensors": 4, "lora": 0, "projector": 20_979_712}
+    moelora = counts(blank_model(load_recipe([*SEVEN, "--method", "moelora", "--experts", "2"])))
+    routers = 32 * 2 * (6 * 4096 + 11008)  # two experts, six linears of width 4096 and one of 11008 in 32 layers
+    assert moelora["lora"] == 319_815_680 + routers
+
+
 def test_bytes_of_a_quantized_base_are_those_of_the_loaded_one(tmp_path):
     base = make_base(tmp_path / "base", width=128)
     for kind in ("none", "8bit", "nf4", "nf4-double"):

@@ -109,7 +109,7 @@ def test_an_empty_memory_needs_no_work(view):  # noqa: F811
 @pytest.mark.parametrize("energy", [None, -0.1, 1.5])
 def test_pgp_refuses_an_energy_that_is_no_share(energy):
     config = load_recipe(["--method", "pgp"]).method
-    with pytest.raises(ValueError, match=f"energy is {energy}; it is a share"):
+    with pytest.raises(ValueError, match=f"energy is {energy}; it must be at least 0 and at most 1"):
         METHODS["pgp"](replace(config, energy=energy))
 
 

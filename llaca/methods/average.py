@@ -33,6 +33,7 @@ class MovingAverage(Method):
             raise ValueError(f"method {config.method} needs a rule for beta: set average, e.g. --average eq45")
         self.average: DynamicAverage | None = None
         self._traces: list[Trace] = []
+        self._told = 0  # steps that the log has
         self._start(["trial"], [torch.zeros(1)], steps=1000)  # raises now for settings that would fail in stage 4
 
     def _start(self, names: list[str], tensors: list[Tensor], steps: int) -> DynamicAverage:
@@ -49,7 +50,7 @@ class MovingAverage(Method):
 
     def before_task(self, shards: Shards, matched: bool, steps: int) -> None:
         self.average = self._start(shards.names, shards.parameters, steps) if matched else None
-        self._traces = []
+        self._traces, self._told = [], 0
 
     def after_step(self, shards: Shards) -> None:
         table = self.average.measure(shards.parameters, shards.gradients)
@@ -59,9 +60,10 @@ class MovingAverage(Method):
         """Over the steps since the last line: the median of beta and the share of tensor-steps that fell back."""
         if self.average is None:
             return {}
-        trace = self.average.drain_trace()
-        self._traces.append(trace)
-        return {"beta_median": float(np.median(trace.beta)), "beta_fallback_share": float(trace.fallback.mean())}
+        trace = self._trace()
+        beta, fallback = trace.beta[self._told :], trace.fallback[self._told :]
+        self._told = len(trace.beta)
+        return {"beta_median": float(np.median(beta)), "beta_fallback_share": float(fallback.mean())}
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[list[Tensor] | None, dict]:
         if self.average is None:
@@ -81,12 +83,14 @@ class MovingAverage(Method):
         if self.average is None:
             return {}
         trace = self._trace()
-        return {"average": self.average.state_dict(), "trace": [torch.from_numpy(rows) for rows in trace[1:]]}
+        rows = [torch.from_numpy(part) for part in trace[1:]]
+        return {"average": self.average.state_dict(), "trace": rows, "told": self._told}
 
     def load_state_dict(self, state: dict) -> None:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
             self._traces = [Trace(1, *(rows.numpy() for rows in state["trace"]))]
+            self._told = state["told"]
 
     def _trace(self) -> Trace:
         # all of the stage so far

@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from llaca.config import METHOD_FIELDS, MethodConfig, ModelConfig
+from llaca.config import ABOVE, LIMITS, METHOD_FIELDS, MethodConfig, ModelConfig
 from llaca.engine import Shards
 from llava.dataset import Collator, InstructionDataset
 from llava.hooks import TrainHooks
@@ -88,11 +89,22 @@ class Method(TrainHooks):
         if given:
             known = f"it has {', '.join(self.fields)}" if self.fields else "it has no settings of its own"
             raise ValueError(f"method {config.method} has no {', '.join(given)}: {known}")
+        for name in LIMITS.keys() & set(self.fields):
+            value, (least, greatest) = getattr(config, name), LIMITS[name]
+            if value is None or not least <= value <= greatest or (name in ABOVE and value == least):
+                low = f"above {least}" if name in ABOVE else f"at least {least}"
+                high = "" if greatest == inf else f" and at most {greatest}"
+                raise ValueError(f"method {config.method}: {name} is {value}; it must be {low}{high}")
 
     @property
     def watches(self) -> bool:
         """Whether this stage needs after_backward and after_step."""
         return self.edits_gradients or self.edits_weights
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether the method has a `memory`."""
+        return type(self).memory is not Method.memory
 
     def check_model(self, config: ModelConfig) -> None:
         """Raises ValueError if the method cannot adapt such a model: before anything is trained."""

@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llaca.config import MethodConfig
 from llaca.engine import Shards
 from llaca.inputs import input_energies, passes
 from llaca.methods.base import WHOLE_TENSORS
@@ -44,11 +43,6 @@ class ModelTailor(CoMA):
 
     fields = ("keep_share", "estimate_records")
     engines = WHOLE_TENSORS
-
-    def __init__(self, config: MethodConfig):
-        super().__init__(config)
-        if config.keep_share is None or not 0 < config.keep_share <= 1:
-            raise ValueError(f"keep_share is {config.keep_share}; it must be above 0 and at most 1")
 
     def before_task(self, shards: Shards, matched: bool, steps: int) -> None:
         super().before_task(shards, True, steps)  # the first stage of a group has a start, too

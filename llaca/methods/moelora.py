@@ -18,7 +18,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from llaca.config import MethodConfig, ModelConfig
+from llaca.config import ModelConfig
 from llaca.methods.base import Method
 from llava.model import attach_lora
 
@@ -28,11 +28,6 @@ class MoELoRA(Method):
 
     fields = ("experts",)
     mergeable = False
-
-    def __init__(self, config: MethodConfig):
-        super().__init__(config)
-        if config.experts is None or config.experts < 1:
-            raise ValueError(f"experts is {config.experts}; it must be at least 1")
 
     def check_model(self, config: ModelConfig) -> None:
         """Raises ValueError unless the experts can share lora_rank equally."""

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llaca import ranks
-from llaca.config import MethodConfig
 from llaca.engine import Layout, Piece, Shards
 from llaca.inputs import exact_products, input_energies, passes, width
 from llaca.methods.base import WHOLE_TENSORS, Method
@@ -34,11 +33,6 @@ class PGP(Method):
     engines = WHOLE_TENSORS
     edits_gradients = edits_weights = True
     basis: dict[str, Tensor]  # name -> U [inputs, directions]; empty before the first task
-
-    def __init__(self, config: MethodConfig):
-        super().__init__(config)
-        if config.energy is None or not 0 <= config.energy <= 1:
-            raise ValueError(f"method {config.method}: energy is {config.energy}; it is a share, from 0 to 1")
 
     @property
     def watches(self) -> bool:
