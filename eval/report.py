@@ -147,12 +147,24 @@ def summary(runs: list[Run], metrics: dict[str, dict], out: Path, paper: bool = 
     table = results_table(rows, baseline, paper)
     behind = facts(runs, metrics)
     table = replace(table, notes=(*table.notes, *format_notes(methods, metrics), *fallback_notes(behind)))
+    write_table(table, behind, runs, out)
+    draw(methods, metrics, out)
+    return table.text()
+
+
+def write_table(table: Table, behind: pd.DataFrame, runs: list[Run], out: Path) -> None:
+    """table.{txt,md,csv,tex}, and what lies behind it: runs.csv (`facts`) and matrices.csv, every cell of every run."""
     out.mkdir(parents=True, exist_ok=True)
     for suffix, render in FORMATS.items():
         (out / f"table.{suffix}").write_text(render(table), encoding="utf-8")
     behind.to_csv(out / "runs.csv", index=False, float_format="%.4g")
-    draw(methods, metrics, out)
-    return table.text()
+    cells = []
+    for run in runs:
+        A, stages, tasks = read_matrix(output_folder(run) / "matrix.csv")
+        found = pd.DataFrame(A, index=stages, columns=tasks).stack().dropna()
+        cells += [(run.name, stage, task, accuracy) for (stage, task), accuracy in found.items()]
+    frame = pd.DataFrame(cells, columns=["run", "stage", "task", "accuracy"])
+    frame.to_csv(out / "matrices.csv", index=False, float_format="%.10g")
 
 
 def facts(runs: list[Run], metrics: dict[str, dict]) -> pd.DataFrame:

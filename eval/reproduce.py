@@ -5,8 +5,8 @@
 scripts/reproduce_*.sh call it. The runs of each table stand in eval/studies.yaml. A run has the name that
 train_continual.sh gives it, so tables share runs, and what is done is not repeated. --mini: the recipe of CoIN-mini, as
 many runs at a time as there are cores.
-Writes table.{txt,md,csv,tex}, seeds taken together, runs.csv, costs.md, differences.md and figures into DIR
-(default: runs/tables/NAME).
+Writes table.{txt,md,csv,tex}, seeds taken together, runs.csv, matrices.csv, costs.md, differences.md and figures into
+DIR (default: runs/tables/NAME).
 """
 
 import argparse
@@ -23,7 +23,7 @@ import pandas as pd
 import yaml
 
 from eval.predict import Run, open_run
-from eval.report import FORMATS, answer, costs, differences, draw, facts, fallback_notes, format_notes, score_run
+from eval.report import answer, costs, differences, draw, facts, fallback_notes, format_notes, score_run, write_table
 from eval.score import majority_baseline
 from eval.tables import ALL_METRICS, Row, method_row, results_table
 from llaca.config import CONFIGS, Recipe, load_recipe
@@ -136,10 +136,7 @@ def table(study: dict[str, Any], runs: dict[str, list[Run]], options: argparse.N
     notes += [f"The majority row is of the {stream.instructions} instructions."] if len(wordings) > 1 else []
     notes += ["Lines marked 'printed' are the paper's, of the 7B or 13B model on CoIN."] if printed else []
     found = replace(found, notes=(*notes, *found.notes, *format_notes(runs, metrics), *fallback_notes(behind)))
-    options.out.mkdir(parents=True, exist_ok=True)
-    for suffix, render in FORMATS.items():
-        (options.out / f"table.{suffix}").write_text(render(found), encoding="utf-8")
-    behind.to_csv(options.out / "runs.csv", index=False, float_format="%.4g")
+    write_table(found, behind, every, options.out)
     (options.out / "costs.md").write_text(costs(behind), encoding="utf-8")
     told = set(study["rows"])
     if pairs := {words: pair for words, pair in study.get("differences", {}).items() if told.issuperset(pair)}:

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -94,6 +95,9 @@ def test_a_study_trains_evaluates_and_sets_the_papers_numbers_beside_ours(argume
     costs = [line.split(" | ") for line in (tmp_path / "out" / "costs.md").read_text().splitlines()]
     assert [line[0] for line in costs[2:4]] == ["| LoRA", "| LLaCA"] and costs[2][1] == costs[3][1]
     assert float(costs[2][3]) > 0 and 0.1 < float(costs[2][5].rstrip(" |")) < 20
+    runs, cells = (pd.read_csv(tmp_path / "out" / f"{name}.csv") for name in ("runs", "matrices"))
+    last = cells[cells["stage"] == cells["stage"].max()].groupby("run")["accuracy"].mean()
+    assert len(cells) == 4 * (1 + 2 + 3) and last[runs["run"]].to_numpy() == pytest.approx(runs["Avg.ACC"], rel=1e-3)
     launched = []
     monkeypatch.setattr("eval.reproduce.run_all", lambda lines, side_by_side: launched.extend(lines))
     again = ["table6", "--mini", "--rows", "LoRA", "--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
