@@ -169,6 +169,12 @@ def average_vs_forgetting(points: Mapping[str, np.ndarray], path: Path | str) ->
         save(figure, path)
 
 
+def beta_moves(stages: Sequence[tuple[str, int, pd.DataFrame | None]]) -> bool:
+    """Whether a run, as `beta_over_steps` takes it, averages with more than one beta."""
+    traces = [trace for *_, trace in stages if trace is not None]
+    return bool(traces) and min(t["beta_q05"].min() for t in traces) < max(t["beta_q95"].max() for t in traces)
+
+
 def beta_over_steps(runs: Mapping[str, Sequence[tuple[str, int, pd.DataFrame | None]]], path: Path | str) -> None:
     """The balance weight over a stream's optimizer steps, two panels per run: beta (median over the tensors, and the
     band from 5 to 95 %), and below it the share of tensors whose beta fell back.

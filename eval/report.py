@@ -25,6 +25,7 @@ from eval.figures import (
     accuracy_heatmaps,
     accuracy_over_stages,
     average_vs_forgetting,
+    beta_moves,
     beta_over_steps,
 )
 from eval.metrics import forward_transfer
@@ -277,7 +278,7 @@ def fallback_notes(behind: pd.DataFrame) -> list[str]:
 
 def draw(methods: dict[str, list[Run]], metrics: dict[str, dict], out: Path) -> None:
     """The figures over methods: every matrix (mean over seeds), accuracy over the stages (if the lines can be told
-    apart), Avg.ACC against Forgetting, and beta over the steps of each averaging method's first run."""
+    apart), Avg.ACC against Forgetting, and beta over the steps of the first run of each method whose beta moves."""
     lines, points, betas = {}, {}, {}
     for label, members in methods.items():
         matrices = [read_matrix(output_folder(run) / "matrix.csv")[0] for run in members]
@@ -285,7 +286,7 @@ def draw(methods: dict[str, list[Run]], metrics: dict[str, dict], out: Path) -> 
         if metrics[members[0].name]["Forgetting"] is not None:
             points[label] = np.array([[metrics[m.name][k] for k in ("Avg.ACC", "Forgetting")] for m in members])
         traces = beta_traces(members[0])
-        if any(trace is not None for *_, trace in traces):
+        if beta_moves(traces):
             betas[f"{label}, seed {members[0].recipe.run.seed}"] = traces
     if len(lines) <= LINES:
         accuracy_over_stages(lines, out / "accuracy_over_stages.png")

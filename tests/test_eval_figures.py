@@ -97,3 +97,12 @@ def test_nothing_reaches_over_the_edge_and_bytes_repeat(tmp_path):
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     assert (border == 255).all()
+
+
+def test_a_fixed_beta_does_not_move():
+    fixed = pd.DataFrame({"step": [1, 2], "beta_q05": 0.99, "beta_q50": 0.99, "beta_q95": 0.99})
+    first, second = fixed.assign(beta_q05=[0.99, 0.9]), fixed.assign(beta_q05=0.9, beta_q50=0.9, beta_q95=0.9)
+    assert not figures.beta_moves([("A", 2, None), ("B", 2, fixed), ("C", 2, fixed)])
+    assert not figures.beta_moves([("A", 2, None)])
+    assert figures.beta_moves([("A", 2, None), ("B", 2, first)])
+    assert figures.beta_moves([("A", 2, fixed), ("B", 2, second)])
