@@ -17,7 +17,7 @@ from eval.metrics import check_matrix, is_single
 
 # Okabe and Ito's palette without its yellow, which vanishes on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # not as many as colours: 56 styles
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")  # not as many as colours: 56 styles
 PANELS_A_ROW = 4
 MATRICES_A_ROW = 3
 BETA_SHOWN = (1e-2, 1 - 1e-4)  # the axis is logarithmic towards 0 and towards 1
