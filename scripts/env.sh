@@ -9,7 +9,7 @@ if [ ! -e "$stamp" ]; then
         echo "Python 3.11 or newer is needed; set PYTHON to its path." >&2
         exit 1
     }
-    echo "First use: installing requirements.txt into .venv (about 2 minutes and 2 GB on a machine without GPU) ..."
+    echo "First use: installing requirements.txt into .venv (about 2 minutes and 2 GB; several GB more with CUDA) ..."
     "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
     touch "$stamp"
