@@ -50,7 +50,7 @@ class Run:
     """A run folder as evaluation sees it: only stages that are DONE. `cells` is one of CELLS:
 
     final: the last row; diagonal: that and each task right after its own stage; triangle: every stage and the tasks
-    trained so far; full: every stage and every task, and the base model.
+    trained so far; full: every stage and every task, and the base model. `scoring` is one of eval.tasks.MODES.
     """
 
     folder: Path
@@ -58,6 +58,7 @@ class Run:
     stages: list[Stage]
     split: str
     cells: str = "triangle"
+    scoring: str = "official"
 
     @property
     def trains(self) -> bool:
@@ -202,8 +203,9 @@ def answer_share(runs: Sequence[Run], rank: int, world: int, batch_size: int) ->
     name = f"answers (process 1 of {world})" if world > 1 else "answers"
     with tqdm(total=total, desc=name, unit="answer", disable=rank > 0) as bar:
         for (_, holder), (run, cells) in shares.items():
+            model = None  # what is not needed goes before what is needed comes: at most the base and one copy
             if answerer is None or answerer.key != Answerer.key_of(run):
-                answerer = None  # the old one goes before the new one comes
+                answerer = None
                 answerer = Answerer(run)
             model = answerer.model(run, holder)
             for task, todo in cells:

@@ -40,18 +40,20 @@ FORMATS = {"txt": Table.text, "md": Table.markdown, "csv": Table.csv, "tex": Tab
 
 
 def output_folder(run: Run) -> Path:
-    """Where a run's figures go: the run folder, or a folder of the split's own for the development split."""
-    return run.folder if run.split == "test" else run.folder / run.split
+    """Where a run's figures go: the run folder, or a folder in it for another split than the test sets and another
+    scoring than the official one."""
+    own = [name for name, usual in ((run.split, "test"), (run.scoring, "official")) if name != usual]
+    return run.folder.joinpath(*own)
 
 
 def score_run(run: Run) -> dict:
-    """Scores every cell and writes the run's files; returns its metrics and, as "format", the percentage of answers in
-    the form that the task asks for, by task after the last stage.
+    """Scores every cell and writes the run's files; returns its metrics, of the accuracies by `run.scoring`, and, as
+    "format", the percentage of answers in the form that the task asks for, by task after the last stage.
 
     A run that is not complete gets the matrix of its stages so far and, for want of a last row, no metrics.json.
     """
     stream, folder = run.recipe.stream, output_folder(run)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
     @cache  # with grouping, many cells are one file
     def score(holder: str, task: str) -> TaskScore:
@@ -82,7 +84,7 @@ def score_run(run: Run) -> dict:
     tasks = [task for stage in run.stages for task in stage.tasks] or run.tasks
     whole = pd.DataFrame(np.nan, index=[stage for stage, _ in run.rows], columns=run.tasks)
     for (stage, task), result in scores.items():
-        whole.loc[stage, task] = result.accuracy["official"]
+        whole.loc[stage, task] = result.accuracy[run.scoring]
     A = whole.loc[stages, tasks].to_numpy(copy=True)
     if len(A) > 1:
         A[np.triu_indices(len(A), 1)] = np.nan
@@ -138,19 +140,34 @@ def comparable(run: Run) -> tuple:
 
 def summary(runs: list[Run], metrics: dict[str, dict], out: Path, paper: bool = False) -> str:
     """The table over comparable runs, seeds taken together; files and figures into `out`."""
-    stream, split = runs[0].recipe.stream, runs[0].split
     methods = by_method(runs)
-    baseline = {
-        t: majority_baseline(t, stream.data_root, stream.instructions, split, stream.max_test_samples)
-        for t in stream.tasks
-    }
     rows = [method_row(label, [metrics[run.name] for run in members]) for label, members in methods.items()]
-    table = results_table(rows, baseline, paper)
-    behind = facts(runs, metrics)
-    table = replace(table, notes=(*table.notes, *format_notes(methods, metrics), *fallback_notes(behind)))
+    table = results_table(rows, baseline(runs[0]), paper)
+    behind = facts(methods, metrics)
+    notes = [*scoring_notes(runs[0].scoring, paper), *table.notes]
+    table = replace(table, notes=(*notes, *format_notes(methods, metrics), *fallback_notes(behind)))
     write_table(table, behind, runs, out)
     draw(methods, metrics, out)
     return table.text()
+
+
+def baseline(run: Run) -> dict[str, float]:
+    """The question-only majority baseline of every task, in percent, on the run's test sets and by its scoring."""
+    stream = run.recipe.stream
+    where = (stream.data_root, stream.instructions, run.split, stream.max_test_samples, run.scoring)
+    return {task: majority_baseline(task, *where) for task in stream.tasks}
+
+
+def scoring_notes(scoring: str, printed: bool) -> list[str]:
+    """By which rules the answers are scored, and the lines that the paper printed, if there are any."""
+    rules = {
+        "official": "the rule of each benchmark",
+        "legacy": "as the released evaluators do",
+        "lenient": "the form of an answer forgiven",
+    }
+    notes = [f"Scoring: {scoring}, {rules[scoring]} (docs/BENCHMARKS.md)."]
+    told = "The paper's lines were scored by the released evaluators; --scoring legacy scores these runs so."
+    return [*notes, told] if printed and scoring != "legacy" else notes
 
 
 def write_table(table: Table, behind: pd.DataFrame, runs: list[Run], out: Path) -> None:
@@ -168,21 +185,24 @@ def write_table(table: Table, behind: pd.DataFrame, runs: list[Run], out: Path) 
     frame.to_csv(out / "matrices.csv", index=False, float_format="%.10g")
 
 
-def facts(runs: list[Run], metrics: dict[str, dict]) -> pd.DataFrame:
+def facts(methods: dict[str, list[Run]], metrics: dict[str, dict]) -> pd.DataFrame:
     """What lies behind a table, a row per run: commit, cost of training, figures, and how often beta fell back.
 
-    Seconds per step are of the stages' whole time, what a method does after its last step included.
+    Seconds per step are of the stages' whole time, what a method does after its last step included. A run that was
+    continued at another commit has both.
     """
     rows = []
-    for run in runs:
+    for label, run in ((label, run) for label, members in methods.items() for run in members):
         told = stories(run)
+        first = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
+        commits = dict.fromkeys(story.get("environment", first)["commit"] for story in told) or [first["commit"]]
         averaged = [story for story in told if "beta_median" in story]
         rows.append(
             {
                 "run": run.name,
-                "method": method_label(run),
+                "method": label,
                 "seed": run.recipe.run.seed,
-                "commit": json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))["commit"],
+                "commit": " ".join(commits),
                 "minutes": sum(story["seconds"] for story in told) / 60,
                 "steps": (steps := sum(story["steps"] for story in told)),
                 "trained parameters": most(told, "trained_parameters"),
@@ -321,6 +341,7 @@ def main(given: list[str] | None = None) -> None:
         "--out", type=Path, help="folder for the tables and figures over runs; default: RUNS_DIR/tables"
     )
     parser.add_argument("--paper", action="store_true", help="add the rows of the paper's Table 1")
+    parser.add_argument("--scoring", choices=MODES, default="official", help="of answers, see docs/BENCHMARKS.md")
     options = parser.parse_args(given)
     try:
         report(options)
@@ -360,6 +381,7 @@ def report(options: argparse.Namespace) -> None:
     """Answers and scores the runs and prints a table for every set of comparable ones."""
     runs, metrics = [], {}
     for run in chosen_runs(options):
+        run.scoring = options.scoring
         if not run.complete:
             print(f"{run.name}: {len(run.stages)} stages are done, the stream is not; it is in no table yet")
         if run.complete or run.stages:

@@ -23,9 +23,21 @@ import pandas as pd
 import yaml
 
 from eval.predict import Run, open_run
-from eval.report import answer, costs, differences, draw, facts, fallback_notes, format_notes, score_run, write_table
-from eval.score import majority_baseline
+from eval.report import (
+    answer,
+    baseline,
+    costs,
+    differences,
+    draw,
+    facts,
+    fallback_notes,
+    format_notes,
+    score_run,
+    scoring_notes,
+    write_table,
+)
 from eval.tables import ALL_METRICS, Row, method_row, results_table
+from eval.tasks import MODES
 from llaca.config import CONFIGS, Recipe, load_recipe
 from llaca.launch import choose_launcher, prepare_data, run_all
 from llaca.methods import METHODS, method_of
@@ -112,6 +124,8 @@ def reproduce(name: str, options: argparse.Namespace, more: list[str]) -> str:
         sys.exit(status)
     folders = {label: [Path(r.run.runs_dir) / r.run.run for r in own] for label, own in recipes.items()}
     runs = {label: [open_run(folder, options.split) for folder in own] for label, own in folders.items()}
+    for run in (run for own in runs.values() for run in own):
+        run.scoring = options.scoring
     return table(study, runs, options, time.monotonic() - start)
 
 
@@ -121,20 +135,17 @@ def table(study: dict[str, Any], runs: dict[str, list[Run]], options: argparse.N
     answer(every, options)
     metrics = {run.name: score_run(run) for run in every}
     stream, split = every[0].recipe.stream, every[0].split
-    baseline = {
-        task: majority_baseline(task, stream.data_root, stream.instructions, split, stream.max_test_samples)
-        for task in stream.tasks
-    }
     printed, rows = paper_rows(study, stream.tasks), []
     for label, own in runs.items():
         rows.append(method_row(label, [metrics[run.name] for run in own]))
         rows += [printed[label]] if label in printed else []
-    behind = facts(every, metrics).assign(method=[label for label, own in runs.items() for _ in own])
-    found = results_table(rows, baseline)
+    behind = facts(runs, metrics)
+    found = results_table(rows, baseline(every[0]))
     notes = [study["title"] + (", on CoIN-mini with the small base" if options.mini else "") + f"; {split} split."]
     wordings = {run.recipe.stream.instructions for run in every}
     notes += [f"The majority row is of the {stream.instructions} instructions."] if len(wordings) > 1 else []
     notes += ["Lines marked 'printed' are the paper's, of the 7B or 13B model on CoIN."] if printed else []
+    notes += scoring_notes(every[0].scoring, bool(printed))
     found = replace(found, notes=(*notes, *found.notes, *format_notes(runs, metrics), *fallback_notes(behind)))
     write_table(found, behind, every, options.out)
     (options.out / "costs.md").write_text(costs(behind), encoding="utf-8")
@@ -159,7 +170,9 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--num-gpus", type=int)
-    parser.set_defaults(cells="triangle", batch_size=64)
+    parser.add_argument("--scoring", choices=MODES, default="official", help="of answers, see docs/BENCHMARKS.md")
+    parser.add_argument("--eval-batch-size", dest="batch_size", type=int, default=64, help="questions answered at once")
+    parser.set_defaults(cells="triangle")
     options, more = parser.parse_known_args(given)
     options.out = options.out or options.runs_dir / "tables" / options.study
     try:

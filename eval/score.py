@@ -194,11 +194,16 @@ def majority_answers(
 
 
 def majority_baseline(
-    task_name: str, data_root: Path | str, instructions: str = "original", split: str = "test", limit: int = 0
+    task_name: str,
+    data_root: Path | str,
+    instructions: str = "original",
+    split: str = "test",
+    limit: int = 0,
+    scoring: str = "official",
 ) -> float:
-    """Official accuracy in percent of the question-only majority baseline; `limit` as in score_task."""
+    """Accuracy in percent of the question-only majority baseline; `limit` as in score_task."""
     rows = majority_answers(task_name, data_root, instructions, split)[: limit or None]
-    return score_task(task_name, rows, data_root, instructions, split, limit).accuracy["official"]
+    return score_task(task_name, rows, data_root, instructions, split, limit).accuracy[scoring]
 
 
 # --- command line ---

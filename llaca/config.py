@@ -207,6 +207,9 @@ class RunConfig:
     report_to: Literal["none", "tensorboard", "wandb"] = field(
         default="none", metadata={"help": "where else to log; wandb is offline unless WANDB_MODE says otherwise"}
     )
+    loader_workers: int = field(
+        default=0, metadata={"help": "processes that read and prepare pictures ahead of the training; 0: none"}
+    )
     expected_minutes: float = field(
         default=0.0,
         metadata={"help": "minutes that one run takes on the recipe's hardware, told before it starts"},
@@ -239,8 +242,10 @@ class Recipe:
 
     @classmethod
     def from_flat(cls, values: dict) -> "Recipe":
-        """The inverse of `flat`."""
-        parts = [section(**{f.name: values[f.name] for f in fields(section)}) for section in SECTIONS]
+        """The inverse of `flat`; a field that the recipe's version did not have yet gets its default."""
+        parts = [
+            section(**{f.name: values[f.name] for f in fields(section) if f.name in values}) for section in SECTIONS
+        ]
         return cls(*parts)
 
     def for_stage(self, tasks: tuple[str, ...], devices: int = 1) -> TrainConfig:

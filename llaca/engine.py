@@ -104,8 +104,9 @@ class Layout:
                 whole = torch.zeros(piece.shape.numel(), device=self.device)
                 whole[piece.start : piece.start + piece.numel] = tensor.to(self.device)
                 dist.all_reduce(whole)  # the other ranks hold zeros there: exact
-                tensor = whole.view(piece.shape)
-            full[piece.name] = tensor.detach().to("cpu", torch.float32, copy=True)
+                tensor = whole
+            # ZeRO's are flat with one rank, too
+            full[piece.name] = tensor.detach().to("cpu", torch.float32, copy=True).view(piece.shape)
         return full
 
     @torch.no_grad()

@@ -17,6 +17,9 @@ of one GPU at the peak of a step:
 Not counted: what the CUDA context and fragmentation take, a GB or so, and what the compared methods hold of their own:
 one float32 copy of what trains (two: EWC), in Model Tailor and PGP up to 4 GB of energies between stages, in PGP the
 protected directions (up to 28 GB at 7B), in A-GEM the activations of four records without checkpointing.
+
+Answers are given by a process a GPU, each with the base and a copy that has the adapter merged; the last line of the
+plan says how many questions of so many tokens fit in beside them.
 """
 
 import argparse
@@ -145,6 +148,15 @@ def saved_tensors(weights: set[int]):
     found.extend(seen.values())
 
 
+def answering_bytes(recipe: Recipe, model: torch.nn.Module, tokens: int) -> tuple[float, float]:
+    """What a process that answers holds: the models, and for every question of a batch its keys and values and, in the
+    layer that is under way, the MLP's three intermediate results."""
+    text, width = model.config.get_text_config(), getattr(torch, recipe.model.dtype).itemsize
+    heads = text.num_key_value_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
+    values = 2 * text.num_hidden_layers * heads + 3 * text.intermediate_size
+    return 2 * base_bytes(model, recipe.model.quantization), tokens * values * width
+
+
 def average_bytes(recipe: Recipe, trained: float) -> float:
     """Per value, float32: the average and what the method's rule remembers. 0 for a method without an average."""
     if recipe.method.average is None:
@@ -225,7 +237,13 @@ def show(recipe: Recipe, gpus: int, memory: float, tokens: int) -> dict:
               f"{made:>8s}")  # fmt: skip
     if any(row["records"] is None for row in tasks):
         print(f"?: no training file below {recipe.stream.data_root}")
-    return {"counts": size, "stages": tasks,
+    models, question = answering_bytes(recipe, model, tokens)
+    fit = max(0, int((memory * GB - models) // question))
+    print(
+        f"\nAnswers: {models / GB:.1f} GB of models, {question / GB:.2f} GB a question of {tokens} tokens: at most "
+        f"{fit} at once (eval_all.sh --batch-size, reproduce_*.sh --eval-batch-size; 64 unless told)"
+    )
+    return {"counts": size, "stages": tasks, "answers": {"models": models, "question": question},
             "engines": {name: parts._asdict() | {"total": parts.total} for name, parts in engines.items()}}  # fmt: skip
 
 

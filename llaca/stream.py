@@ -2,7 +2,8 @@
 
 runs/<name>/recipe.yaml, environment.json
             stages/01-ScienceQA/   adapter/ (what is used from here on), plain/ (before the average took its
-                                   place), stage.json, codebook.json (the pool after this stage),
+                                   place), stage.json (with the environment that it was trained in),
+                                   codebook.json (the pool after this stage),
                                    train_log.jsonl, beta.csv, DONE (written last)
 """
 
@@ -20,7 +21,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -67,6 +70,16 @@ def stages_of(recipe: Recipe, joint: bool, run_folder: Path) -> list[Stage]:
     ]
 
 
+def check_order(stages: list[Stage]) -> None:
+    """Raises ValueError if a stage is done whose predecessor is not: it came from parameters that are no more."""
+    for before, after in pairwise(stages):
+        if after.done and not before.done:
+            raise ValueError(
+                f"{after.folder} is done and {before.name}, which comes first, is not: put {before.name} back, or "
+                "remove DONE from every stage after it, to train them again"
+            )
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file so that it is either whole or absent."""
     partial = path.with_name(path.name + ".partial")
@@ -87,7 +100,8 @@ def open_run(recipe: Recipe) -> Path:
     folder = run_folder(recipe)
     frozen = folder / "recipe.yaml"
     now = {**recipe.flat(), "inputs": checksums(recipe)}
-    where = ("runs_dir", "report_to", "expected_minutes", "save_steps", "beta_trace")  # change nothing in the result
+    # change nothing in the result
+    where = ("runs_dir", "report_to", "loader_workers", "expected_minutes", "save_steps", "beta_trace")
     if frozen.is_file():
         before = yaml.safe_load(frozen.read_text(encoding="utf-8"))
         changed = {k for k in {**before, **now} if before.get(k) != now.get(k) and k not in where}
@@ -143,8 +157,9 @@ def die_with_launcher() -> None:
             sys.exit(f"the launcher (process {launcher}) is gone")
 
 
+@cache
 def environment() -> dict:
-    """Where the numbers of a run come from: command, commit, versions, machine, time."""
+    """Where the numbers of a run come from: command, commit, versions, machine, time; as this process began."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         git = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)

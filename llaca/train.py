@@ -5,6 +5,7 @@ back. After a kill the same command goes on with the first stage that is not DON
 start, and the result is the same, since everything random in a stage comes from the seed and the stage's number.
 """
 
+import gc
 import json
 import os
 import random
@@ -27,7 +28,17 @@ from llaca.grouping import THRESHOLDS, Codebook, wordings
 from llaca.methods import METHODS, method_of
 from llaca.methods.base import Method, StageView
 from llaca.pool import Choice, Pool
-from llaca.stream import Stage, die_with_launcher, only_one, open_run, run_folder, stages_of, write_atomically
+from llaca.stream import (
+    Stage,
+    check_order,
+    die_with_launcher,
+    environment,
+    only_one,
+    open_run,
+    run_folder,
+    stages_of,
+    write_atomically,
+)
 from llava.dataset import DataError, InstructionDataset, Loaded, Sample, read_samples
 from llava.features import FeatureCache, cache_features, use_features
 from llava.model import (
@@ -46,7 +57,7 @@ MEMORY = "method.pt"  # what a method hands on beside the weights
 
 @dataclass
 class Student:
-    """The model in training: its adapter attached, `fresh` its trainable state before any task."""
+    """The model in training: its adapter attached, `fresh` its trainable state before any task, on the CPU."""
 
     model: torch.nn.Module
     processor: object
@@ -98,7 +109,8 @@ def load_student(
         use_features(model)
     seed_everything(recipe.run.seed)
     model = method.attach(model, config)
-    return Student(model, processor, adapter_state(model), features)
+    fresh = {name: tensor.cpu() for name, tensor in adapter_state(model).items()}
+    return Student(model, processor, fresh, features)
 
 
 def stage_datasets(
@@ -180,6 +192,8 @@ def train_stage(
             save_adapter(student.model, folder / "plain", trained)
         if method.hands_on:
             torch.save(method.memory(), folder / MEMORY)
+    if recipe.run.zero != "none":
+        trainer.model_wrapped.destroy()  # its hooks on the gradients' accumulators would keep the model for ever
     return {
         "stage": stage.name,
         "tasks": list(stage.tasks),
@@ -204,7 +218,7 @@ def handed_on(method: Method, stage: Path) -> dict:
     if not (stage / MEMORY).is_file():
         raise FileNotFoundError(
             f"{stage / MEMORY} is not there: what {method.config.method} has to know of earlier tasks. Copy it to the "
-            f"run, or remove {stage}/DONE and train the stage again"
+            f"run, or remove {stage}/DONE, and DONE of every stage after it, and train them again"
         )
     return torch.load(stage / MEMORY, map_location="cpu", weights_only=True)
 
@@ -233,6 +247,7 @@ def trainer_arguments(recipe: Recipe, settings: TrainConfig, stage: Stage, seed:
         bf16=recipe.model.dtype == "bfloat16",
         tf32=cuda or None,
         use_cpu=not cuda,
+        dataloader_num_workers=recipe.run.loader_workers,
         logging_steps=recipe.run.logging_steps,
         save_strategy="steps" if recipe.run.save_steps else "no",
         save_steps=recipe.run.save_steps or 1,
@@ -262,6 +277,7 @@ def run(recipe: Recipe) -> Path:
     with only_one(folder) if ranks.first() else nullcontext():
         ranks.wait()
         stages = stages_of(recipe, method.joint, folder)
+        check_order(stages)
         if not all(stage.done for stage in stages):
             train_stages(recipe, stages, records, method)
     return folder
@@ -306,8 +322,13 @@ def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, Loaded]
             dropped = sum(len(records[task].problems) for task in stage.tasks)
             complete_stage(recipe, stage, datasets, instructions[stage.name], dropped, student, method, pool, bar)
             if recipe.run.zero != "none":
-                student = None  # DeepSpeed has sharded, cast and hooked this model: the next stage takes a new one,
-                unset_hf_deepspeed_config()  # loaded whole
+                # DeepSpeed has sharded, cast and hooked this model. The next stage takes a new one, loaded whole, and
+                # a GPU may not have room for both.
+                student = None
+                del method.stage
+                unset_hf_deepspeed_config()
+                gc.collect()
+                torch.cuda.empty_cache()
 
 
 def complete_stage(
@@ -322,14 +343,16 @@ def complete_stage(
     bar: tqdm,
 ) -> None:
     """Trains one stage in a folder of its own and gives it its name, with DONE in it, when it is whole."""
-    choice = pool.choose(instructions)
+    choice, around = pool.choose(instructions), environment()
     partial = stage.folder.with_name(stage.folder.name + ".partial")
     if ranks.first():
         shutil.rmtree(stage.folder, ignore_errors=True)
+        for answers in run_folder(recipe).glob(f"answers*/{stage.name}"):  # with parameters that are no more
+            shutil.rmtree(answers)
         partial.mkdir(parents=True, exist_ok=True)
     ranks.wait()
     report = train_stage(recipe, stage, datasets, student, method, choice, bar, partial)
-    report["dropped_records"] = dropped
+    report |= {"dropped_records": dropped, "environment": around}
     pool.put(choice, instructions, stage.task, stage.name)
     if ranks.first():
         finish(stage, partial, report, pool)

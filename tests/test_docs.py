@@ -98,10 +98,11 @@ def test_a_study_trains_evaluates_and_sets_the_papers_numbers_beside_ours(argume
     runs, cells = (pd.read_csv(tmp_path / "out" / f"{name}.csv") for name in ("runs", "matrices"))
     last = cells[cells["stage"] == cells["stage"].max()].groupby("run")["accuracy"].mean()
     assert len(cells) == 4 * (1 + 2 + 3) and last[runs["run"]].to_numpy() == pytest.approx(runs["Avg.ACC"], rel=1e-3)
-    launched = []
+    launched, sizes = [], []
     monkeypatch.setattr("eval.reproduce.run_all", lambda lines, side_by_side: launched.extend(lines))
+    monkeypatch.setattr("eval.reproduce.answer", lambda runs, options: sizes.append(options.batch_size))
     again = ["table6", "--mini", "--rows", "LoRA", "--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
-    main([*again, "--seeds", "0", "1", "--max-train-samples", "8"])
-    assert not launched and "2 runs, of which 2 are done" in capsys.readouterr().out
+    main([*again, "--seeds", "0", "1", "--max-train-samples", "8", "--eval-batch-size", "3"])
+    assert not launched and "2 runs, of which 2 are done" in capsys.readouterr().out and sizes == [3]
     with pytest.raises(SystemExit, match="started with another recipe"):
         main([*again, "--max-train-samples", "8", "--learning_rate", "5", "--run", "lora-max_train_samples-8-seed0"])

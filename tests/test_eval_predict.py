@@ -1,20 +1,24 @@
 """Answer files: batches, processes and kills change no answer; cells, parts and what is wrong with them."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from data.mini import build
 from eval.metrics import forward_transfer
-from eval.predict import BASE, answer_share, merge_parts, open_run
+from eval.predict import BASE, Answerer, answer_share, merge_parts, open_run
 from eval.report import main as report
+from eval.score import legacy_accuracy, read_answers
 from llaca.config import load_recipe
 from llaca.train import run
 
@@ -138,6 +142,62 @@ def test_full_cells_give_the_zero_shot_row_and_fwt(trained, tmp_path, capsys):
     assert 100 * each["official"].mean() == pytest.approx(whole.loc["03-GQA", "GQA"])
     report(["--runs-dir", str(tmp_path), "--cells", "final"])
     assert json.loads((folder / "metrics.json").read_text())["New.ACC"] is None
+
+
+def test_tables_of_the_released_evaluators_scores(trained, tmp_path, capsys):
+    """Answers that are official 0 and legacy 1: a longer name, a letter in running text."""
+    folder = copy_of(trained, tmp_path)
+    for cell in open_run(folder).missing():
+        answer_share([open_run(folder)], 0, 1, 8)
+        file = open_run(folder).answer_file(*cell)
+        part = file.with_name(f"{file.name}.part-0")
+        rows = [json.loads(line) | {"text": "It is a picture, A I think"} for line in part.read_text().splitlines()]
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    merge_parts([open_run(folder)])
+    report(["--runs-dir", str(tmp_path), "--scoring", "legacy"])
+    assert "Scoring: legacy, as the released evaluators do" in capsys.readouterr().out
+    assert not (folder / "matrix.csv").exists(), "that is where the official ones stand"
+    legacy = pd.read_csv(folder / "legacy" / "matrix.csv", index_col="stage")
+    report(["--runs-dir", str(tmp_path)])
+    assert "Scoring: official, the rule of each benchmark" in capsys.readouterr().out
+    official = pd.read_csv(folder / "matrix.csv", index_col="stage")
+    data = trained.parent / "mini"
+    for holder, task in (("01-ScienceQA", "ScienceQA"), ("03-GQA", "GQA")):
+        rows = read_answers(folder / "answers" / holder / f"{task}.jsonl")
+        assert legacy.loc["03-GQA", task] == pytest.approx(legacy_accuracy(task, rows, data))
+    assert official.loc["03-GQA", "ScienceQA"] == 0 < legacy.loc["03-GQA", "ScienceQA"]
+    official_average, legacy_average = (
+        json.loads((place / "metrics.json").read_text())["Avg.ACC"] for place in (folder, folder / "legacy")
+    )
+    assert legacy_average == pytest.approx(legacy.iloc[-1].mean()) and legacy_average > official_average
+
+
+def test_a_process_that_answers_holds_the_base_and_one_copy(trained, tmp_path, monkeypatch):
+    folder, held, give = copy_of(trained, tmp_path), [], Answerer.model
+
+    def watched(answerer, run, holder):
+        gc.collect()
+        assert not [name for name, model in held if model() is not None], "the copy before is still in memory"
+        model = give(answerer, run, holder)
+        held.append((holder, weakref.ref(model)))
+        return model
+
+    monkeypatch.setattr(Answerer, "model", watched)
+    answer_share([open_run(folder)], 0, 1, 4)
+    assert len(held) == len({name for name, _ in held}) > 1
+
+
+def test_runs_of_one_row_are_told_apart_from_those_of_another(trained, tmp_path):
+    """The runs behind a table, and the notes, are named as its rows are."""
+    folder = copy_of(trained, tmp_path)
+    subprocess.run(["cp", "-r", str(folder), str(tmp_path / "other")], check=True)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (tmp_path / "other" / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"learning_rate": 0.5}))
+    report(["--runs-dir", str(tmp_path)])
+    behind, table = (pd.read_csv(tmp_path / "tables" / f"{name}.csv", comment="#") for name in ("runs", "table"))
+    assert len(set(behind["method"])) == 2 and set(behind["method"]) < set(table["method"])
+    notes = (tmp_path / "tables" / "table.txt").read_text()
+    assert notes.count("beta fell back in") == 2 and "learning rates 0.5 and" in notes
 
 
 @pytest.mark.slow

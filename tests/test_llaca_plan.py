@@ -10,7 +10,7 @@ from test_llaca_engine import ROOT, TORCHRUN, work
 
 from llaca.config import CONFIGS, load_recipe
 from llaca.ema import DynamicAverage
-from llaca.plan import REDUCE_BUCKET, average_bytes, base_bytes, blank_model, counts, plan
+from llaca.plan import REDUCE_BUCKET, answering_bytes, average_bytes, base_bytes, blank_model, counts, plan
 from llava.model import load_base, trainable_parameters
 
 SEVEN = ["--recipe", str(CONFIGS / "coin_llava7b.yaml")]
@@ -79,6 +79,14 @@ def test_activations_grow_with_what_makes_them(tmp_path):
     assert two < one / 2 and short < one
     half = load_recipe(["--method", "lora", "--batch_size", "8"])
     assert plan(half, 1, 200)["DDP"].activations == pytest.approx(one / 2, rel=0.01)
+
+
+def test_what_a_question_takes_while_it_is_answered():
+    """Keys and values of 32 layers of 4096 in bfloat16, three times 11008 in one layer; two bases of 7.06 billion."""
+    recipe = load_recipe(SEVEN)
+    models, question = answering_bytes(recipe, blank_model(recipe), 700)
+    assert question == 700 * (2 * 32 * 4096 + 3 * 11008) * 2
+    assert models == pytest.approx(2 * 2 * 7.06e9, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from data.mini import build
 from eval.report import main as report
 from eval.tables import read_matrix
 from llaca.config import load_recipe
-from llaca.stream import only_one
+from llaca.stream import environment, only_one
 from llaca.train import run
 from llava.dataset import DataError
 
@@ -229,6 +229,72 @@ def test_two_processes_under_zero_2_killed_and_started_again(arguments, tmp_path
     assert adapters(tmp_path / "runs" / "killed") == adapters(tmp_path / "runs" / "whole")
     story = json.loads((tmp_path / "runs/killed/stages/03-GQA/stage.json").read_text())
     assert story["engine"] == "DeepSpeed ZeRO 2" and story["averaged"]
+
+
+WATCH = """
+import sys, weakref
+from llaca import train
+from llaca.config import load_recipe
+load, seen = train.load_student, []
+def watched(*given):
+    alive = [reference for reference in seen if reference() is not None]
+    assert not alive, f"{len(alive)} of {len(seen)} weights of the stages before are still in memory"
+    student = load(*given)
+    seen.extend(weakref.ref(parameter) for parameter in student.model.parameters())
+    return student
+train.load_student = watched
+train.run(load_recipe(sys.argv[1:]))
+print(f"watched {len(seen)}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "method"), [("0", "llaca"), ("2", "lwf"), ("2", "pgp")])
+def test_under_deepspeed_the_model_of_a_stage_goes_before_the_next_comes(arguments, tmp_path, zero, method):
+    """A GPU may have no room for two 13B bases. One rank, which holds all of a tensor, but flat, trains as without."""
+    script = tmp_path / "watch.py"
+    script.write_text(WATCH)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--", str(script)]
+    line = ["--method", method, "--grouping", "false"]
+    done = subprocess.run(
+        [*launch, *arguments[:-1], "zero", *line, "--zero", zero],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+    )
+    assert done.returncode == 0 and "watched" in done.stdout, done.stderr[-2000:]
+    folders = [tmp_path / "runs" / "zero", run(load_recipe([*arguments[:-1], "plain", *line]))]
+    for stage in ("01-ScienceQA", "03-GQA"):
+        found, wanted = (load_file(f / "stages" / stage / "adapter" / "adapter_model.safetensors") for f in folders)
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_stage_that_is_trained_again_takes_its_answers_along_and_not_before_later_ones(arguments, tmp_path):
+    folder = run(load_recipe([*arguments, "--method", "lora"]))
+    report(["--runs-dir", str(tmp_path / "runs")])
+    (folder / "stages" / "02-TextVQA" / "DONE").unlink()
+    with pytest.raises(ValueError, match=r"03-GQA is done and 02-TextVQA, which comes first, is not"):
+        run(load_recipe([*arguments, "--method", "lora"]))
+    (folder / "stages" / "03-GQA" / "DONE").unlink()
+    run(load_recipe([*arguments, "--method", "lora"]))
+    assert [path.name for path in (folder / "answers").iterdir()] == ["01-ScienceQA"]
+
+
+def test_a_run_that_goes_on_at_another_commit_tells_both(arguments, tmp_path, monkeypatch):
+    folder = run(load_recipe([*arguments, "--method", "lora"]))
+    (folder / "stages" / "03-GQA" / "DONE").unlink()
+    here = environment()
+    monkeypatch.setattr("llaca.train.environment", lambda: here | {"commit": "later"})
+    run(load_recipe([*arguments, "--method", "lora"]))
+    report(["--runs-dir", str(tmp_path / "runs")])
+    assert pd.read_csv(tmp_path / "runs/tables/runs.csv")["commit"][0] == f"{here['commit']} later"
+
+
+def test_pictures_that_workers_read_ahead_are_the_same(arguments, mini):
+    line = ["--method", "lora", "--tasks", "GQA", "--reuse_vision_features", "false", "--loader_workers"]
+    found = [adapters(run(load_recipe([*arguments[:-1], f"w{n}", *line, str(n)]))) for n in (0, 2)]
+    assert found[0] == found[1]
 
 
 def test_report_of_all_kinds_of_run(arguments, tmp_path, capsys):
