@@ -6,7 +6,7 @@ scripts/reproduce_*.sh call it. The runs of each table stand in eval/studies.yam
 train_continual.sh gives it, so tables share runs, and what is done is not repeated. --mini: the recipe of CoIN-mini, as
 many runs at a time as there are cores.
 Writes table.{txt,md,csv,tex}, seeds taken together, runs.csv, matrices.csv, costs.md, differences.md and figures into
-DIR (default: runs/tables/NAME).
+DIR (default: runs/tables/NAME, with --scoring legacy NAME-legacy).
 """
 
 import argparse
@@ -22,20 +22,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from eval.facts import costs, differences, facts, fallback_notes, format_notes, scoring_notes
 from eval.predict import Run, open_run
-from eval.report import (
-    answer,
-    baseline,
-    costs,
-    differences,
-    draw,
-    facts,
-    fallback_notes,
-    format_notes,
-    score_run,
-    scoring_notes,
-    write_table,
-)
+from eval.report import answer, baseline, draw, score_run, write_table
 from eval.tables import ALL_METRICS, Row, method_row, results_table
 from eval.tasks import MODES
 from llaca.config import CONFIGS, Recipe, load_recipe
@@ -174,7 +163,8 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--eval-batch-size", dest="batch_size", type=int, default=64, help="questions answered at once")
     parser.set_defaults(cells="triangle")
     options, more = parser.parse_known_args(given)
-    options.out = options.out or options.runs_dir / "tables" / options.study
+    usual = options.study if options.scoring == "official" else f"{options.study}-{options.scoring}"
+    options.out = options.out or options.runs_dir / "tables" / usual
     try:
         reproduce(options.study, options, more)
     except (ValueError, OSError) as error:

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from eval.facts import differences
 from eval.metrics import summarise
 from eval.predict import Run
-from eval.report import by_method, differences
+from eval.report import by_method
 from eval.tables import (
     PAPER_TABLE_1,
     method_row,

@@ -1,0 +1,131 @@
+"""What lies behind a table: the facts of its runs, what they cost, how rows differ, and the lines under it."""
+
+import json
+
+import numpy as np
+import pandas as pd
+
+from eval.predict import Run
+
+
+def facts(methods: dict[str, list[Run]], metrics: dict[str, dict]) -> pd.DataFrame:
+    """What lies behind a table, a row per run: commit, cost of training, figures, and how often beta fell back.
+
+    Seconds per step are of the stages' whole time, what a method does after its last step included. A run that was
+    continued at another commit has both.
+    """
+    rows = []
+    for label, run in ((label, run) for label, members in methods.items() for run in members):
+        told = stories(run)
+        first = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
+        commits = dict.fromkeys(story.get("environment", first)["commit"] for story in told) or [first["commit"]]
+        averaged = [story for story in told if "beta_median" in story]
+        rows.append(
+            {
+                "run": run.name,
+                "method": label,
+                "seed": run.recipe.run.seed,
+                "commit": " ".join(commits),
+                "minutes": sum(story["seconds"] for story in told) / 60,
+                "steps": (steps := sum(story["steps"] for story in told)),
+                "trained parameters": most(told, "trained_parameters"),
+                "seconds per step": sum(story["seconds"] for story in told) / steps if steps else None,
+                "peak GB": most(told, "peak_memory_bytes", 1e9),
+                **{key: metrics[run.name][key] for key in ("Avg.ACC", "Forgetting", "New.ACC", "MAA", "BWT")},
+                "averaged stages": len(averaged),
+                **{
+                    key: np.average([s[key] for s in averaged], weights=[s["steps"] for s in averaged])
+                    for key in ("beta_median", "beta_fallback_share")
+                    if averaged
+                },
+            }
+        )
+    kinds = {"trained parameters": "Int64", "seconds per step": float, "peak GB": float}
+    return pd.DataFrame(rows).astype(kinds)
+
+
+def stories(run: Run) -> list[dict]:
+    """What stage.json tells of every stage."""
+    return [json.loads((stage.folder / "stage.json").read_text(encoding="utf-8")) for stage in run.stages]
+
+
+def most(told: list[dict], key: str, unit: int = 1) -> float | None:
+    """The largest of the stages' figures; None without one, as in runs of before it was recorded."""
+    return max((story[key] / unit for story in told if key in story), default=None)
+
+
+def costs(behind: pd.DataFrame) -> str:
+    """What each method took, as a GitHub table: means over the runs of `facts`, the largest peak of memory. A
+    dash: recorded by none of them."""
+    groups = behind.groupby("method", sort=False)
+    lines = [["Method", "Trained parameters", "Steps", "Seconds per step", "Minutes", "Peak memory, GB"], ["---"]]
+    lines[1] += ["---:"] * 5
+    forms = {
+        "trained parameters": ",.0f",
+        "steps": ",.0f",
+        "seconds per step": ".3f",
+        "minutes": ".1f",
+        "peak GB": ".2f",
+    }
+    for method, runs in groups:
+        mean = runs.mean(numeric_only=True)
+        mean["peak GB"] = runs["peak GB"].max()
+        if mean["steps"]:
+            told = [format(mean[key], form) if pd.notna(mean[key]) else "-" for key, form in forms.items()]
+            lines.append([method, *told])
+    notes = [
+        "Seconds per step: the stages' whole time by their steps, with what the method does between and after them.",
+        "Peak memory: of the process with most; on a GPU what torch allocated, else resident, libraries included.",
+    ]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *(f"- {note}" for note in notes), ""])
+
+
+def differences(behind: pd.DataFrame, pairs: dict[str, list[str]]) -> str:
+    """Row minus row of `facts`, seed by seed, as a GitHub table: mean ± sample standard deviation, in points."""
+    metrics = ("Avg.ACC", "Forgetting", "New.ACC")
+    lines = [["", "Difference", *metrics, "Seeds"], ["---", "---", *["---:"] * 4]]
+    for words, (one, other) in pairs.items():
+        own, foil = (behind[behind["method"] == label].set_index("seed") for label in (one, other))
+        apart = own[[*metrics]].sub(foil[[*metrics]]).dropna()
+        spread = [f" ± {apart[metric].std(ddof=1):.1f}" if len(apart) > 1 else "" for metric in metrics]
+        cells = [f"{apart[metric].mean():+.1f}{told}" for metric, told in zip(metrics, spread, strict=True)]
+        lines.append([words, f"{one} - {other}", *cells, str(len(apart))])
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), ""])
+
+
+def scoring_notes(scoring: str, printed: bool) -> list[str]:
+    """By which rules the answers are scored, and the lines that the paper printed, if there are any."""
+    rules = {
+        "official": "the rule of each benchmark",
+        "legacy": "as the released evaluators do",
+        "lenient": "the form of an answer forgiven",
+    }
+    notes = [f"Scoring: {scoring}, {rules[scoring]} (docs/BENCHMARKS.md)."]
+    told = "The paper's lines were scored by the released evaluators; --scoring legacy scores these runs so."
+    return [*notes, told] if printed and scoring != "legacy" else notes
+
+
+def format_notes(methods: dict[str, list[Run]], metrics: dict[str, dict]) -> list[str]:
+    """Of each method the share of answers in the form that their task asks for, where it is not all of them: what is
+    lost there may be the form of an answer, not its content. And the records that were left out."""
+    notes = []
+    for label, members in methods.items():
+        tasks = members[0].tasks
+        rates = {task: float(np.mean([metrics[run.name]["format"][task] for run in members])) for task in tasks}
+        if told := [f"{task} {rate:.1f}" for task, rate in rates.items() if rate < 99.95]:
+            notes.append(f"{label}: answers in the task's form, where not all, in percent: {', '.join(told)}.")
+        if dropped := sum(story["dropped_records"] for run in members for story in stories(run)):
+            notes.append(f"{label}: {dropped:,} broken records were left out of training.")
+    return notes
+
+
+def fallback_notes(behind: pd.DataFrame) -> list[str]:
+    """How often the rule of each averaging method gave no beta in its range, for the lines under the table."""
+    if "beta_fallback_share" not in behind:
+        return []
+    means = behind.dropna(subset=["beta_fallback_share"]).groupby("method", sort=False).mean(numeric_only=True)
+    return [
+        f"{method}: beta fell back in {100 * row['beta_fallback_share']:.1f} % of tensor-steps; "
+        f"median beta {row['beta_median']:.4g}."
+        for method, row in means.iterrows()
+    ]
