@@ -167,15 +167,25 @@ def test_killed_at_random_moments_inside_the_stages(arguments, tmp_path):
     whole = run(load_recipe([*arguments[:-1], "whole", *more]))
     line, killed = command([*arguments[:-1], "killed", *more]), tmp_path / "runs" / "killed"
     rng, resumed = random.Random(0), 0
-    for _ in range(int(os.environ.get("LLACA_KILLS", 5))):
+
+    def complete():
+        return set(killed.glob("stages/*.partial/trainer/checkpoint-*/COMPLETE"))
+
+    for kill in range(int(os.environ.get("LLACA_KILLS", 5))):
+        before = complete()
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, bufsize=1)
         seen = ""
         while "step/s" not in seen and process.poll() is None:
             seen += process.stderr.read(1)
-        time.sleep(rng.uniform(0, 1.5))
+        if kill % 2:
+            time.sleep(rng.uniform(0, 1.5))
+        else:  # however slow the machine is: soon after a checkpoint
+            while not complete() - before and process.poll() is None:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.3))
         process.kill()
         process.wait()
-        resumed += bool(list(killed.glob("stages/*.partial/trainer/checkpoint-*/COMPLETE")))
+        resumed += bool(complete())
     assert resumed > 0, "no kill left a checkpoint to go on from"
     subprocess.run(line, check=True, capture_output=True)
     assert adapters(killed) == adapters(whole)
