@@ -2,30 +2,42 @@
 
     python -m data.check --root DIR [--benchmark coin|FILE] [--instructions original diverse 10type] [--json FILE]
 
+    [--base DIR] [--max-length N] [--grouping]
+
 Prints a line a file: records beside their known number (copies that differ in it exist: no problem by itself),
-pictures, problems by kind; then the first problems of each file with their remedies, and where to get what is missing.
-Exits with 1 if there is a problem. A benchmark that passes is noted in DIR/.checked-*.json, so that training does not
-open every picture again while no file of records changes.
+pictures, problems by kind; then notes, the first problems of each file with their remedies, and where to get what is
+missing. With --base, the folder of a base model, records are also checked as its tokenizer and the maximum length see
+them, as train_continual.sh does with those of the recipe. Exits with 1 if there is a problem.
+
+Records are kept, ready to be used, and what is whole is noted, in data.cache.cache_folder(): neither is read again
+until a file changes. Pictures that have changed are looked at again by this command alone.
 """
 
 import argparse
+import hashlib
 import json
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.benchmark import COIN, INSTRUCTION_SETS, Benchmark, TaskSpec, open_benchmark
+from data.cache import cache_folder, replace_whole
+from data.records import SHOWN_PROBLEMS, DataError, Problem
 from eval.tasks import task_of
-from llava.dataset import SHOWN_PROBLEMS, DataError, Loaded, Problem, read_questions, read_samples
+from llava.conversation import Vocabulary
+from llava.dataset import cut_problems
+from llava.prepare import Prepared, Source, digest_of, open_records, silent_problems
+
+MANY_INSTRUCTIONS = 1_000  # different ones of a file: more are likely no instructions
 
 
 @dataclass
 class FileReport:
-    """What the check found in one file. `known`: how many records the benchmark's description says it has."""
+    """What the check found in one file. `known`: how many records the benchmark's description says it has. `notes`:
+    what is no problem by itself."""
 
     task: str
     split: str
@@ -34,6 +46,7 @@ class FileReport:
     pictures: int = 0
     known: int | None = None
     problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def kinds(self) -> dict[str, int]:
         """Problems by kind."""
@@ -72,6 +85,7 @@ class Report:
             lines.append(
                 f"{file.task:12s}{file.split:7s}{file.records:9,}{known:>9s}{file.pictures:10,}  {kinds}{differs}"
             )
+        lines += [f"note: {file.file}: {note}" for file in self.files for note in file.notes]
         for file in self.files:
             if file.problems:
                 lines += ["", f"{file.file}:", *[f"  {problem.text}" for problem in file.problems[:SHOWN_PROBLEMS]]]
@@ -99,6 +113,7 @@ class Report:
                     "known": file.known,
                     "pictures": file.pictures,
                     "problems": file.kinds(),
+                    "notes": file.notes,
                     "first": [problem.text for problem in file.problems[:SHOWN_PROBLEMS]],
                 }
                 for file in self.files
@@ -106,9 +121,30 @@ class Report:
         }
 
 
-def check(benchmark: Benchmark, instructions: str, tasks: Sequence[str] = ()) -> Report:
-    """Checks the named tasks, or all. Raises ValueError for a task or instruction set that there is not."""
+@dataclass(frozen=True)
+class Reader:
+    """What a run makes of the records: its `vocabulary`, the tokens of a picture, the maximum length by task, and
+    whether it groups tasks by their instructions."""
+
+    vocabulary: Vocabulary
+    image_tokens: int
+    max_length: Mapping[str, int]
+    grouping: bool = False
+
+
+def reader_of(base: Path | str, max_length: Mapping[str, int], grouping: bool) -> Reader:
+    """The reader that a base model's folder gives. Raises FileNotFoundError or ValueError where it is none."""
+    from llava.model import image_tokens, open_processor  # brings in torch and transformers
+
+    config, processor = open_processor(base)
+    return Reader(Vocabulary.of(processor.tokenizer), image_tokens(config), max_length, grouping)
+
+
+def check(benchmark: Benchmark, instructions: str, tasks: Sequence[str] = (), reader: Reader | None = None) -> Report:
+    """Checks the named tasks, or all; with a `reader`, also what it cannot use. Every picture that has changed since it
+    was looked at is looked at again. Raises ValueError for a task or instruction set that there is not."""
     start, files = time.monotonic(), []
+    sources: dict[Source, FileReport] = {}
     for name in tasks or benchmark.tasks:
         spec = benchmark.task(name)
         try:
@@ -117,33 +153,37 @@ def check(benchmark: Benchmark, instructions: str, tasks: Sequence[str] = ()) ->
             folder = benchmark.root / benchmark.instructions[instructions] / spec.folders[0]
             files.append(FileReport(name, "all", folder, problems=[Problem(0, "missing file", str(error))]))
             continue
-        files.append(_check_file(benchmark, spec, "train", folder / spec.train))
-        files.append(_check_file(benchmark, spec, "test", folder / spec.test))
-        files[-1].problems += _references(benchmark, instructions, spec)
+        for split, path in (("train", folder / spec.train), ("test", folder / spec.test)):
+            files.append(FileReport(spec.name, split, path, known=spec.records.get(split)))
+            sources[Source(path, split, spec.instruction)] = files[-1]
+    prepared = open_records(list(sources), benchmark.image_root, reader and reader.vocabulary, thorough=True)
+    for source, report in sources.items():
+        _report(benchmark, report, prepared[source], reader)
+        if report.split == "test":
+            report.problems += _references(benchmark, instructions, benchmark.task(report.task))
     return Report(benchmark, instructions, files, time.monotonic() - start)
 
 
-def _check_file(benchmark: Benchmark, spec: TaskSpec, split: str, path: Path) -> FileReport:
-    report = FileReport(spec.name, split, path, known=spec.records.get(split))
-    try:
-        loaded = (read_samples if split == "train" else read_questions)(path, benchmark.image_root)
-    except DataError as error:
-        report.problems = [Problem(0, "unreadable file", problem) for problem in error.problems]
-        return report
-    report.records = len(loaded.usable) + len(loaded.problems)
-    report.pictures = len({item.image for item in loaded.usable if item.image})
-    report.problems = loaded.problems + (_doubled(loaded) if split == "train" else [])
-    return report
-
-
-def _doubled(loaded: Loaded) -> list[Problem]:
-    first: dict[str, int] = {}
-    earlier = [(sample, first.setdefault(sample.id, sample.record)) for sample in loaded.usable]
-    return [
-        Problem(s.record, "duplicate id", f"record {s.record} (id {s.id!r}): record {i} has this id too; remove one")
-        for s, i in earlier
-        if i != s.record
-    ]
+def _report(benchmark: Benchmark, report: FileReport, found: Prepared | DataError, reader: Reader | None) -> None:
+    if isinstance(found, DataError):
+        report.problems = [Problem(0, "unreadable file", problem) for problem in found.problems]
+        return
+    columns, rows = found.columns, found.rows
+    report.records, report.pictures = columns.told["records"], len(columns.names) - len(found.faults)
+    report.problems = list(found.problems)
+    if reader is not None and report.split == "train":
+        report.problems += cut_problems(columns, rows, reader.image_tokens, reader.max_length[report.task])
+    silent = silent_problems(found, rows)
+    if silent and reader is not None and reader.grouping:
+        report.problems += silent
+    elif silent:
+        report.notes.append(f"{len(silent):,} records without an instruction; --grouping true refuses them")
+    report.problems.sort(key=lambda problem: problem.record)
+    if (distinct := len(columns.instructions)) > MANY_INSTRUCTIONS:
+        report.notes.append(
+            f"{distinct:,} different instructions in {report.records:,} records: they are compared pair by pair where "
+            "tasks are grouped; is `instruction` in the benchmark's description right?"
+        )
 
 
 def _references(benchmark: Benchmark, instructions: str, spec: TaskSpec) -> list[Problem]:
@@ -154,18 +194,21 @@ def _references(benchmark: Benchmark, instructions: str, spec: TaskSpec) -> list
     return []
 
 
-def check_benchmark(root: Path | str, instructions: str, tasks: Sequence[str], unchecked: bool = False) -> Report:
+def check_benchmark(
+    root: Path | str, instructions: str, tasks: Sequence[str], unchecked: bool = False, reader: Reader | None = None
+) -> Report:
     """Checks what a run needs, and notes that it passed; a note that holds is not checked again.
 
     Raises ValueError with the report's text if there is a problem, unless the run wants to go on `unchecked`.
     """
     benchmark = open_benchmark(root)
-    if (told := _told(benchmark, instructions)) and set(tasks) <= set(told["tasks"]):
+    note = _note_file(benchmark, instructions, reader)
+    if (told := _told(note)) and set(tasks) <= set(told["tasks"]):
         files = [FileReport(**{**row, "file": Path(row["file"])}) for row in told["files"] if row["task"] in tasks]
         return Report(benchmark, instructions, files, 0.0)
-    report = check(benchmark, instructions, tasks)
+    report = check(benchmark, instructions, tasks, reader)
     if report.ok:
-        _note(report, tasks)
+        _note(note, report, tasks)
     elif not unchecked:
         raise ValueError(
             f"{report.text()}\n\nNothing was trained. --unchecked true goes on without the records that cannot be used."
@@ -173,10 +216,13 @@ def check_benchmark(root: Path | str, instructions: str, tasks: Sequence[str], u
     return report
 
 
-def is_checked(root: Path | str, instructions: str, task: str) -> bool:
-    """Whether a check of this task passed and no file of records has changed since."""
-    told = _told(open_benchmark(root), instructions)
-    return told is not None and task in told["tasks"]
+def _note_file(benchmark: Benchmark, instructions: str, reader: Reader | None) -> Path:
+    parts = [str(benchmark.root.resolve()), str(benchmark.file.resolve()), instructions]
+    if reader is not None:
+        told = sorted(reader.max_length.items())
+        parts += [digest_of(reader.vocabulary), repr((reader.image_tokens, told, reader.grouping))]
+    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return cache_folder() / "checked" / f"{name}.json"
 
 
 def _fingerprint(path: Path) -> list[int]:
@@ -184,31 +230,30 @@ def _fingerprint(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _note_file(benchmark: Benchmark, instructions: str) -> Path:
-    return benchmark.root / f".checked-{instructions}.json"
-
-
-def _note(report: Report, tasks: Sequence[str]) -> None:
+def _note(path: Path, report: Report, tasks: Sequence[str]) -> None:
+    benchmark = report.benchmark
     rows = [
         {key: value for key, value in {**vars(file), "file": str(file.file)}.items() if key != "problems"}
         for file in report.files
     ]
-    seen = {str(path): _fingerprint(path) for path in (report.benchmark.file, *(file.file for file in report.files))}
-    path = _note_file(report.benchmark, report.instructions)
-    if not os.access(path.parent, os.W_OK):
-        print(f"{path.parent} cannot be written to: the next run checks it again")
-        return
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps({"tasks": list(tasks), "seen": seen, "files": rows}) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    annotations = [
+        found
+        for name in tasks
+        for folder in benchmark.task(name).folders
+        for found in sorted((benchmark.image_root / folder).glob("*.json"))
+    ]
+    files = (benchmark.file, *(file.file for file in report.files), *annotations)
+    seen = {str(found.resolve()): _fingerprint(found) for found in files}
+    text = json.dumps({"tasks": list(tasks), "seen": seen, "files": rows}) + "\n"
+    replace_whole(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
-def _told(benchmark: Benchmark, instructions: str) -> dict | None:
-    path = _note_file(benchmark, instructions)
-    if not path.is_file():
-        return None
-    told = json.loads(path.read_text(encoding="utf-8"))
-    holds = all(Path(name).is_file() and _fingerprint(Path(name)) == seen for name, seen in told["seen"].items())
+def _told(path: Path) -> dict | None:
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        holds = all(Path(name).is_file() and _fingerprint(Path(name)) == seen for name, seen in told["seen"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # not there, or broken: checked again
     return told if holds else None
 
 
@@ -219,18 +264,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--benchmark", help="coin, or a YAML file; default: benchmark.yaml in the root, else coin")
     parser.add_argument("--instructions", nargs="+", choices=INSTRUCTION_SETS, default=["original"])
     parser.add_argument("--tasks", nargs="+", default=[])
+    parser.add_argument("--base", type=Path, help="folder of a base model, to check what it makes of the records")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens of a record, with --base")
+    parser.add_argument("--grouping", action="store_true", help="every prompt needs an instruction, with --base")
     parser.add_argument("--json", type=Path, help="write the reports there, too")
     options = parser.parse_args(arguments)
     try:
         file = COIN if options.benchmark == "coin" else options.benchmark and Path(options.benchmark)
         benchmark = open_benchmark(options.root, file)
-        reports = [check(benchmark, which, options.tasks) for which in options.instructions]
+        tasks = options.tasks or list(benchmark.tasks)
+        lengths = dict.fromkeys((benchmark.task(name).name for name in tasks), options.max_length)
+        reader = options.base and reader_of(options.base, lengths, options.grouping)
+        reports = [check(benchmark, which, tasks, reader) for which in options.instructions]
     except (ValueError, OSError) as error:
         sys.exit(f"data.check: {error}")
     for report in reports:
         print(report.text())
         if report.ok and benchmark.file == open_benchmark(options.root).file:
-            _note(report, options.tasks or list(benchmark.tasks))
+            _note(_note_file(benchmark, report.instructions, reader), report, tasks)
     if options.json:
         options.json.write_text(json.dumps([report.as_json() for report in reports], indent=1) + "\n", encoding="utf-8")
     sys.exit(0 if all(report.ok for report in reports) else 1)

@@ -17,7 +17,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cached_property
@@ -27,17 +27,15 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from data.benchmark import image_root, open_benchmark
+from eval.questions import Questions, questions_of
 from eval.tasks import task_of
 from llaca import ranks
 from llaca.config import Recipe
-from llaca.grouping import wordings
 from llaca.methods import METHODS
 from llaca.pool import Pool
 from llaca.stream import Stage, ordered, stages_of, write_atomically
-from llava.dataset import Question, read_questions
-from llava.features import FeatureCache, cache_features, use_features
-from llava.generate import answer_batches, encode_questions
+from llava.features import FeatureCache, stored_features, use_features
+from llava.generate import answer_batches
 from llava.model import load_adapter, load_base
 
 BASE = "base"  # stands for the base model, before any stage
@@ -82,37 +80,18 @@ class Run:
     def answers(self) -> Path:
         return self.folder / ("answers" if self.split == "test" else f"answers-{self.split}")
 
-    @cached_property
-    def questions(self) -> dict[str, list[Question]]:
+    @property
+    def questions(self) -> Mapping[str, Questions]:
         """The questions of every task that this run answers."""
-        stream, found = self.recipe.stream, {}
-        for task in self.tasks:
-            path = self.question_file(task)
-            loaded = read_questions(path, image_root(stream.data_root), look=False)  # opened when they are answered
-            usable = loaded.usable if stream.unchecked else loaded.whole(path)
-            limit = stream.max_test_samples  # of the file's questions, those that cannot be used among them
-            found[task] = [question for question in usable if not limit or question.index < limit]
-        return found
-
-    def question_file(self, task: str) -> Path:
-        """The test file of a task in this run's wording."""
-        stream = self.recipe.stream
-        return task_of(stream.data_root, task).question_file(stream.data_root, stream.instructions, self.split)
+        return questions_of(self.recipe, self.split)
 
     @cached_property
     def rows(self) -> list[Row]:
         """The rows of the accuracy matrix as far as `cells` asks for them; with `full`, BASE's first."""
         if not self.trains:
             return [(BASE, dict.fromkeys(self.tasks, BASE))]
-        benchmark, rows, seen = open_benchmark(self.recipe.stream.data_root), [], []
-        instructions = {
-            task: wordings(
-                ((f"record {q.index} (question_id {q.question_id!r})", q.text) for q in questions),
-                benchmark.task(task).instruction,
-                self.question_file(task),
-            )
-            for task, questions in self.questions.items()
-        }
+        rows, seen, grouping = [], [], self.recipe.method.grouping
+        instructions = {task: asked.wordings(grouping) for task, asked in self.questions.items()}
         for stage in self.stages:
             seen += stage.tasks
             pool = Pool.from_json((stage.folder / "codebook.json").read_text(encoding="utf-8"))
@@ -159,23 +138,14 @@ class Answerer:
         self.base, self.processor = load_base(config.base, dtype, config.attention, config.quantization, device)
         self.features: FeatureCache | None = None
         if config.reuse_vision_features:
-            pictures = [q.image for questions in run.questions.values() for q in questions if q.image]
-            self.features = cache_features(self.base, self.processor.image_processor, pictures)  # the same batches
-            use_features(self.base)  # in every process, so the same features
-        self._ids: dict[str, list[list[int]]] = {}
+            lists = [asked.pictures for asked in run.questions.values()]
+            self.features = stored_features(self.base, self.processor.image_processor, lists)
+            use_features(self.base)
 
     @staticmethod
     def key_of(run: Run) -> str:
         """Runs with the same key can share an Answerer."""
         return json.dumps([asdict(run.recipe.model), asdict(run.recipe.stream), run.split])
-
-    def ids(self, run: Run, task: str) -> list[list[int]]:
-        """The tokens of the task's questions."""
-        if task not in self._ids:
-            asked = run.questions[task]
-            texts, images = [q.text for q in asked], [q.image for q in asked]
-            self._ids[task] = encode_questions(self.base.config, self.processor.tokenizer, texts, images)
-        return self._ids[task]
 
     def model(self, run: Run, holder: str) -> torch.nn.Module:
         """The base, or a copy of it with a stage's adapter, merged where that can be done."""
@@ -195,7 +165,7 @@ def answer_share(runs: Sequence[Run], rank: int, world: int, batch_size: int) ->
         for cell in run.missing():
             done = {str(row["question_id"]) for rows in _parts(run.answer_file(*cell)).values() for row in rows}
             own = range(rank, len(run.questions[cell[1]]), world)
-            todo = [i for i in own if str(run.questions[cell[1]][i].question_id) not in done]
+            todo = [i for i in own if str(run.questions[cell[1]].question_id(i)) not in done]
             if todo:
                 shares.setdefault((run.name, cell[0]), (run, []))[1].append((cell[1], todo))
     total = sum(len(todo) for _, cells in shares.values() for _, todo in cells)
@@ -215,13 +185,12 @@ def answer_share(runs: Sequence[Run], rank: int, world: int, batch_size: int) ->
 def _answer_cell(
     answerer: Answerer, model, run: Run, file: Path, task: str, todo: list[int], rank: int, batch_size: int, bar: tqdm
 ) -> None:
-    asked, ids = [run.questions[task][i] for i in todo], answerer.ids(run, task)
-    stream = run.recipe.stream
+    asked, stream = run.questions[task], run.recipe.stream
     batches = answer_batches(
         model,
         answerer.processor,
-        [ids[i] for i in todo],
-        [q.image for q in asked],
+        [asked.ids(i) for i in todo],
+        [asked.picture(i) for i in todo],
         stream.max_new_tokens or task_of(stream.data_root, task).spec.max_new_tokens,
         batch_size,
         answerer.features,
@@ -231,13 +200,13 @@ def _answer_cell(
     _cut_to_whole_lines(part)
     with part.open("a", encoding="utf-8") as out:
         for numbers, texts in batches:
-            out.writelines(_line(asked[number], text) for number, text in zip(numbers, texts, strict=True))
+            out.writelines(_line(asked, todo[number], text) for number, text in zip(numbers, texts, strict=True))
             out.flush()
             bar.update(len(numbers))
 
 
-def _line(question: Question, text: str) -> str:
-    row = {"question_id": question.question_id, "prompt": question.record["text"], "text": text}
+def _line(asked: Questions, number: int, text: str) -> str:
+    row = {"question_id": asked.question_id(number), "prompt": asked.text(number), "text": text}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -269,7 +238,7 @@ def merge_parts(runs: Sequence[Run]) -> None:
             rows = {str(row["question_id"]): row for rows in parts.values() for row in rows}
             counts = Counter(str(row["question_id"]) for rows in parts.values() for row in rows)
             doubled = [key for key, count in counts.items() if count > 1]
-            ids = [str(q.question_id) for q in asked]
+            ids = [str(asked.question_id(i)) for i in range(len(asked))]
             absent, strange = [key for key in ids if key not in rows], sorted(rows.keys() - set(ids))
             if doubled or absent or strange:
                 raise ValueError(

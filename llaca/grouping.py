@@ -13,53 +13,21 @@ once from word counts, see `similarity`.
 
 import argparse
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import log
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import CountVectorizer
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 THRESHOLDS = {"original": 0.90, "diverse": 0.30, "10type": 0.30}
+PAIRS = 1 << 22  # numbers of a similarity that are held at once
 IDF_UNSHARED = log(3 / 2) + 1  # smoothed idf of a word in one of two documents; 1 for a word in both
 INSTRUCTIONS = Path(__file__).parent.parent / "data" / "instructions.json"
-
-
-def instruction_of(prompt: str, place: str = "last line") -> str:
-    """The instruction within one prompt, the same for a training turn (with `<image>`) and a test text (without).
-
-    `place`, from the benchmark's description: the "last line", the "first line" (ImageNet), or, of the last line, what
-    stands "before colon" (Grounding). Empty lines, the image mark and a trailing period do not count. (The released
-    code takes the whole text of an ImageNet test prompt, which is the same for one-line prompts and misses its group
-    for longer ones.) Raises ValueError if nothing is left.
-    """
-    lines = [line for line in map(str.strip, prompt.replace("<image>", "\n").splitlines()) if line]
-    if not lines:
-        raise ValueError(f"no instruction in the prompt {prompt!r}")
-    line = lines[0 if place == "first line" else -1]
-    instruction = (line.split(":")[0] if place == "before colon" else line).rstrip(" .")
-    if not instruction:
-        raise ValueError(f"no instruction in the prompt {prompt!r}")
-    return instruction
-
-
-def wordings(prompts: Iterable[tuple[str, str]], place: str, source: Path) -> list[str]:
-    """The distinct instructions of (record's name, prompt) pairs, sorted; `place` as in `instruction_of`.
-
-    Raises ValueError naming the file `source` and the records in whose prompts there is none.
-    """
-    found, problems = set(), []
-    for name, prompt in prompts:
-        try:
-            found.add(instruction_of(prompt, place))
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
-    if problems:
-        shown = "\n  ".join(problems[:20])
-        raise ValueError(f"{source}: add an instruction to {len(problems)} record(s), or remove them\n  {shown}")
-    return sorted(found)
 
 
 def similarity(left: Sequence[str], right: Sequence[str]) -> np.ndarray:
@@ -69,20 +37,36 @@ def similarity(left: Sequence[str], right: Sequence[str]) -> np.ndarray:
         cos = x.y / (|x'| |y'|),    |x'|^2 = w^2 sum_i x_i^2 - (w^2 - 1) sum_{i: y_i > 0} x_i^2.
     A text of stop words alone is similar to nothing but the same text (scikit-learn refuses such a pair).
     """
-    analyze = TfidfVectorizer(stop_words="english").build_analyzer()
-    bags = [Counter(analyze(text)) for text in (*left, *right)]
-    column = {word: i for i, word in enumerate(sorted(set().union(*bags)))}
-    counts = np.zeros((len(bags), len(column)))
-    for row, bag in zip(counts, bags, strict=True):
-        for word, count in bag.items():
-            row[column[word]] = count
-    x, y = counts[: len(left)], counts[len(left) :]
-    squared = IDF_UNSHARED**2
-    norm_x = squared * (x**2).sum(1)[:, None] - (squared - 1) * (x**2) @ (y > 0).T
-    norm_y = squared * (y**2).sum(1)[None, :] - (squared - 1) * (x > 0) @ (y**2).T
-    norms = np.sqrt(norm_x * norm_y)
-    equal = np.array(left)[:, None] == np.array(right)[None, :]
-    return np.where(equal, 1.0, x @ y.T / np.where(norms > 0, norms, 1.0))
+    return np.concatenate(list(_similarities(left, right)))
+
+
+def _similarities(left: Sequence[str], right: Sequence[str]) -> Iterator[np.ndarray]:
+    """The rows of `similarity`, PAIRS numbers at once: a file can have thousands of distinct instructions."""
+    texts = CountVectorizer(stop_words="english", vocabulary=_words([*left, *right]))
+    x, y = (texts.transform(side).astype(float) for side in (left, right))
+    squared, others = IDF_UNSHARED**2, np.array(right)
+    step = max(1, PAIRS // len(right))
+    for start in range(0, len(left), step):
+        own = x[start : start + step]
+        norm_x = squared * _sum(own.power(2)) - (squared - 1) * _dense(own.power(2), y > 0)
+        norm_y = squared * _sum(y.power(2)).T - (squared - 1) * _dense(own > 0, y.power(2))
+        norms = np.sqrt(norm_x * norm_y)
+        equal = np.array(left[start : start + step])[:, None] == others[None, :]
+        yield np.where(equal, 1.0, _dense(own, y) / np.where(norms > 0, norms, 1.0))
+
+
+def _words(texts: Sequence[str]) -> dict[str, int]:
+    analyze = CountVectorizer(stop_words="english").build_analyzer()
+    found = sorted({word for text in texts for word in analyze(text)})
+    return {word: place for place, word in enumerate(found or ["-"])}
+
+
+def _sum(matrix: "csr_matrix") -> np.ndarray:
+    return np.asarray(matrix.sum(1)).reshape(-1, 1)
+
+
+def _dense(x: "csr_matrix", y: "csr_matrix") -> np.ndarray:
+    return (x @ y.T).toarray()
 
 
 class Match(NamedTuple):
@@ -119,12 +103,19 @@ class Codebook:
         A group of exactly these instructions matches whatever its score: ten different ones may be little alike.
         """
         instructions = _distinct(instructions)
-        reduce = np.mean if self.aggregate == "mean" else np.max
-        scores = [float(reduce(similarity(instructions, group))) for group in self.groups]
+        scores = [self._score(instructions, group) for group in self.groups]
         if (same := self._same(instructions)) is not None:
             return Match(same, scores)
         best = int(np.argmax(scores)) if scores else None
         return Match(best if scores and scores[best] >= self.threshold else None, scores)
+
+    def _score(self, instructions: Sequence[str], group: Sequence[str]) -> float:
+        rows = _similarities(instructions, group)
+        if self.aggregate == "max":
+            return float(max(row.max() for row in rows))
+        if len(instructions) * len(group) <= PAIRS:
+            return float(np.mean(next(rows)))
+        return float(sum(row.sum() for row in rows) / (len(instructions) * len(group)))
 
     def choose(self, instructions: Sequence[str]) -> Choice:
         """The group for a test set: below the threshold the most similar one, where the release takes the last.

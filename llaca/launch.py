@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.check import check_benchmark
+from data.check import check_benchmark, reader_of
 from data.mini.build import build, is_built
 from llaca.config import Recipe, load_recipe
 from llaca.methods import METHODS, method_of
@@ -91,7 +91,9 @@ def prepare_data(recipe: Recipe) -> None:
     stream = recipe.stream
     if Path(stream.data_root) == MINI and not is_built(MINI):
         build(MINI)
-    report = check_benchmark(stream.data_root, stream.instructions, stream.tasks, stream.unchecked)
+    lengths = {task: recipe.for_stage((task,)).max_length for task in stream.tasks}
+    reader = reader_of(recipe.model.base, lengths, recipe.method.grouping)
+    report = check_benchmark(stream.data_root, stream.instructions, stream.tasks, stream.unchecked, reader)
     print(f"{report.records:,} records checked" if report.ok else report.text(), flush=True)
 
 

@@ -4,6 +4,7 @@ import os
 import resource
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -38,6 +39,23 @@ def rank() -> int:
 def first() -> bool:
     """Whether this is the process that writes."""
     return PartialState().is_main_process
+
+
+def first_of_host() -> bool:
+    """Whether this is the first process of its host."""
+    return PartialState().is_local_main_process
+
+
+def agreed(value: Any, what: str) -> Any:
+    """What the first processes of all hosts say; the others say None. Raises ValueError if they differ in `what`."""
+    said = [value]
+    if count() > 1:
+        said = [None] * count()
+        torch.distributed.all_gather_object(said, value)
+    said = [one for one in said if one is not None]
+    if any(one != said[0] for one in said):
+        raise ValueError(f"the hosts differ in {what}: all of them need the same data")
+    return said[0]
 
 
 def wait() -> None:

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from data.benchmark import image_root, open_benchmark, train_file
-from data.check import is_checked
+from data.records import DataError
 from llaca import ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
-from llaca.grouping import THRESHOLDS, Codebook, wordings
+from llaca.grouping import THRESHOLDS, Codebook
 from llaca.methods import METHODS, method_of
 from llaca.methods.base import Method, StageView
 from llaca.pool import Choice, Pool
@@ -35,21 +35,25 @@ from llaca.stream import (
     environment,
     only_one,
     open_run,
+    ordered,
     run_folder,
     stages_of,
     write_atomically,
 )
-from llava.dataset import DataError, InstructionDataset, Loaded, Sample, read_samples
-from llava.features import FeatureCache, cache_features, use_features
+from llava.conversation import Vocabulary
+from llava.dataset import InstructionDataset
+from llava.features import FeatureCache, stored_features, use_features
 from llava.model import (
     adapter_state,
     image_tokens,
     load_adapter,
     load_base,
+    open_processor,
     reset_projector,
     save_adapter,
     set_adapter_state,
 )
+from llava.prepare import Prepared, Source, faults_of, open_records
 
 ZERO = Path(__file__).parents[1] / "scripts"
 MEMORY = "method.pt"  # what a method hands on beside the weights
@@ -64,10 +68,31 @@ class Student:
     fresh: dict[str, torch.Tensor]
     features: FeatureCache | None
 
-    def dataset(self, samples: list[Sample], max_length: int, source: Path | str) -> InstructionDataset:
-        """The samples, tokenised. Raises DataError naming `source` for those that cannot be."""
-        tokens = image_tokens(self.model.config)
-        return InstructionDataset(samples, self.processor, tokens, max_length, self.features, source)
+
+@dataclass
+class TaskRecords:
+    """The training records of one task: those `rows` of a file's columns that a run uses. `dropped`: how many of the
+    others cannot be used."""
+
+    task: str
+    prepared: Prepared
+    rows: np.ndarray
+    dropped: int
+
+    @property
+    def source(self) -> Path:
+        return self.prepared.source.path
+
+    @property
+    def pictures(self) -> list[str]:
+        """The pictures of the rows, below the image root, each once."""
+        columns = self.prepared.columns
+        shown = columns.picture[self.rows]
+        return [columns.names[place] for place in dict.fromkeys(shown[shown >= 0].tolist())]
+
+    def wordings(self, grouping: bool) -> list[str]:
+        """The distinct instructions. Raises DataError for a record without one, where tasks are grouped by them."""
+        return self.prepared.wordings(self.rows, grouping)
 
 
 def seed_everything(seed: int) -> None:
@@ -77,25 +102,40 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def load_stream(recipe: Recipe) -> dict[str, Loaded]:
+def load_stream(recipe: Recipe) -> dict[str, TaskRecords]:
     """The training records of every task, with what is left out of an unchecked one.
 
-    All are validated before anything is trained (raises DataError); pictures are opened unless data.check has done so.
+    All are validated, tokenised and their pictures looked at before anything is trained (raises DataError), by the
+    first process of every host, unless that has been done before; all map the same files.
     """
-    stream, records = recipe.stream, {}
+    stream, benchmark = recipe.stream, open_benchmark(recipe.stream.data_root)
+    vocabulary = Vocabulary.of(open_processor(recipe.model.base)[1].tokenizer)
+    sources = {
+        task: Source(train_file(benchmark, stream.instructions, task), "train", benchmark.task(task).instruction)
+        for task in ordered(stream.tasks, stream.order)
+    }
+    files, faults, first = list(sources.values()), None, ranks.first_of_host()
+    if first:
+        found = open_records(files, benchmark.image_root, vocabulary)
+        faults = faults_of(found.values())
+    faults = ranks.agreed(faults, "which pictures are whole")
+    if not first:
+        found = open_records(files, benchmark.image_root, vocabulary, faults=faults)
+    records = {}
     for task in stream.tasks:
-        path = train_file(stream.data_root, stream.instructions, task)
-        look = not is_checked(stream.data_root, stream.instructions, task)
-        loaded = read_samples(path, image_root(stream.data_root), look)
-        samples = loaded.usable if stream.unchecked else loaded.whole(path)
-        if not samples:
-            raise DataError(path, ["no record can be used"])
-        records[task] = Loaded(samples[: stream.max_train_samples or None], loaded.problems)
+        one = found[sources[task]]
+        if isinstance(one, DataError):
+            raise one
+        rows = one.usable(stream.unchecked)
+        if not len(rows):
+            raise DataError(one.source.path, ["no record can be used"])
+        dropped = one.columns.told["records"] - len(rows)
+        records[task] = TaskRecords(task, one, rows[: stream.max_train_samples or None], dropped)
     return records
 
 
 def load_student(
-    recipe: Recipe, records: dict[str, Loaded], method: Method, features: FeatureCache | None = None
+    recipe: Recipe, records: dict[str, TaskRecords], method: Method, features: FeatureCache | None = None
 ) -> Student:
     """The base model with a fresh adapter, and the pictures' features, if the recipe reuses them and none are given."""
     config = recipe.model
@@ -104,8 +144,9 @@ def load_student(
     model, processor = load_base(config.base, dtype, config.attention, config.quantization, device)
     if config.reuse_vision_features:
         if features is None:
-            paths = [sample.image for loaded in records.values() for sample in loaded.usable if sample.image]
-            features = cache_features(model, processor.image_processor, paths)
+            root = image_root(recipe.stream.data_root)
+            lists = [[root / name for name in one.pictures] for one in records.values()]
+            features = stored_features(model, processor.image_processor, lists)
         use_features(model)
     seed_everything(recipe.run.seed)
     model = method.attach(model, config)
@@ -114,19 +155,27 @@ def load_student(
 
 
 def stage_datasets(
-    recipe: Recipe, stages: list[Stage], records: dict[str, Loaded], student: Student
+    recipe: Recipe, stages: list[Stage], records: dict[str, TaskRecords], student: Student
 ) -> dict[str, InstructionDataset]:
-    """The training set of every stage by its task, all tokenised before the first stage is trained."""
-    stream, single = recipe.stream, {}
-    for task, loaded in records.items():
-        source = train_file(stream.data_root, stream.instructions, task)
-        single[task] = student.dataset(loaded.usable, recipe.for_stage((task,)).max_length, source)
-    return {
-        stage.task: single[stage.tasks[0]]
-        if len(stage.tasks) == 1
-        else student.dataset([s for t in stage.tasks for s in records[t].usable], recipe.train.max_length, stage.task)
-        for stage in stages
-    }
+    """The training set of every stage by its task. Raises DataError for records that the maximum length makes unusable,
+    unless the run is unchecked."""
+    root, unchecked = image_root(recipe.stream.data_root), recipe.stream.unchecked
+    tokens, made = image_tokens(student.model.config), {}
+
+    def dataset(task: str, max_length: int) -> InstructionDataset:
+        own = records[task]
+        columns, rows = own.prepared.columns, own.rows
+        return InstructionDataset(
+            columns, student.processor, tokens, max_length, student.features, own.source, root, rows, unchecked
+        )
+
+    for stage in stages:
+        if len(stage.tasks) == 1:
+            made[stage.task] = dataset(stage.task, recipe.for_stage(stage.tasks).max_length)
+        else:
+            first, *others = (dataset(task, recipe.train.max_length) for task in stage.tasks)
+            made[stage.task] = first.joined([(other, range(len(other))) for other in others])
+    return made
 
 
 def train_stage(
@@ -283,21 +332,13 @@ def run(recipe: Recipe) -> Path:
     return folder
 
 
-def stage_wordings(recipe: Recipe, stages: list[Stage], records: dict[str, Loaded]) -> dict[str, list[str]]:
-    """The instructions of every stage by its name. Raises ValueError for a record without one."""
-    stream, benchmark = recipe.stream, open_benchmark(recipe.stream.data_root)
-    own = {
-        task: wordings(
-            ((f"record {sample.record} (id {sample.id!r})", sample.turns[0][0]) for sample in loaded.usable),
-            benchmark.task(task).instruction,
-            train_file(stream.data_root, stream.instructions, task),
-        )
-        for task, loaded in records.items()
-    }
+def stage_wordings(recipe: Recipe, stages: list[Stage], records: dict[str, TaskRecords]) -> dict[str, list[str]]:
+    """The instructions of every stage by its name. Raises DataError as `TaskRecords.wordings` does."""
+    own = {task: one.wordings(recipe.method.grouping) for task, one in records.items()}
     return {stage.name: sorted({text for task in stage.tasks for text in own[task]}) for stage in stages}
 
 
-def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, Loaded], method: Method) -> None:
+def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, TaskRecords], method: Method) -> None:
     """Walks the stream, past the stages that are done."""
     instructions = stage_wordings(recipe, stages, records)
     student = load_student(recipe, records, method)
@@ -319,7 +360,7 @@ def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, Loaded]
                 continue
             if student is None:
                 student = load_student(recipe, records, method, features)
-            dropped = sum(len(records[task].problems) for task in stage.tasks)
+            dropped = sum(records[task].dropped for task in stage.tasks) + len(datasets[stage.task].dropped)
             complete_stage(recipe, stage, datasets, instructions[stage.name], dropped, student, method, pool, bar)
             if recipe.run.zero != "none":
                 # DeepSpeed has sharded, cast and hooked this model. The next stage takes a new one, loaded whole, and

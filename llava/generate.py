@@ -7,8 +7,9 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from data.pictures import load_image
 from llava.conversation import encode_prompt
-from llava.image import load_image, to_pixels
+from llava.image import to_pixels
 from llava.model import image_tokens
 
 

@@ -56,6 +56,15 @@ def load_base(
     return model, load_processor(path, model.config)
 
 
+def open_processor(path: str | Path) -> tuple[LlavaConfig, LlavaProcessor]:
+    """Return configuration and processor of a base model's folder, without its weights. Raises as `load_base` does."""
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} has no config.json; give the folder of a Llava model saved by transformers")
+    config = LlavaConfig.from_pretrained(path)
+    return config, load_processor(path, config)
+
+
 def load_processor(path: str | Path, config: LlavaConfig) -> LlavaProcessor:
     """Return the processor of a folder; pictures are padded to squares. Raises ValueError unless it fits `config`."""
     processor = LlavaProcessor.from_pretrained(path, backend="pil")

@@ -30,7 +30,7 @@ from llaca.train import load_stream, run
 from llava.base import read_base, split_base, write_base
 from llava.dataset import InstructionDataset
 from llava.image import padding_processor
-from llava.model import image_tokens, load_processor
+from llava.model import image_tokens, open_processor
 
 ROOT = Path(__file__).parents[1]
 PIECES = ROOT / "tests" / "golden" / "llava_original" / "vicuna-tiny"
@@ -116,11 +116,13 @@ def write_tokenizer(folder: Path, size: int) -> None:
 
 def longest(recipe, base: Path) -> int:
     """Tokens of the longest record that is trained on, its picture included."""
-    config = LlavaConfig.from_pretrained(base)
-    processor = load_processor(base, config)
-    samples = [sample for loaded in load_stream(recipe).values() for sample in loaded.usable]
-    dataset = InstructionDataset(samples, processor, image_tokens(config), recipe.train.max_length)
-    return max(len(dataset[number]["input_ids"]) for number in range(len(dataset)))
+    config, processor = open_processor(base)
+    tokens, limit = image_tokens(config), recipe.train.max_length
+    own = [
+        InstructionDataset(records.prepared.columns, processor, tokens, limit, rows=records.rows)
+        for records in load_stream(recipe).values()
+    ]
+    return max(dataset.length(number) for dataset in own for number in range(len(dataset)))
 
 
 def main() -> None:

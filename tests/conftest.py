@@ -20,9 +20,9 @@ from transformers import (
     LlavaProcessor,
 )
 
+from data.records import load_samples
 from llava.base import assemble
 from llava.conversation import SYSTEM
-from llava.dataset import load_samples
 from llava.model import load_base
 
 ORIGINAL = Path(__file__).parent / "golden" / "llava_original"
@@ -149,3 +149,11 @@ def original() -> SimpleNamespace:
         expected=json.loads((ORIGINAL / "expected.json").read_text()),
         tensors=load_file(ORIGINAL / "expected.safetensors"),
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """What is kept between starts goes into a folder of this test process, which no other run has seen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLACA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -12,12 +12,13 @@ import torch
 from torch.nn import functional
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from data.records import load_samples
 from llaca import ranks
 from llaca.callbacks import Tap
 from llaca.config import load_recipe
 from llaca.methods.average import MovingAverage
 from llaca.methods.base import Method
-from llava.dataset import InstructionDataset, load_samples
+from llava.dataset import InstructionDataset
 from llava.model import attach_lora, load_base
 from llava.trainer import LlavaTrainer, training_arguments
 

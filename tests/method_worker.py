@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from data.records import load_samples
 from llaca import ranks
 from llaca.callbacks import Tap
 from llaca.config import ModelConfig, load_recipe
 from llaca.inputs import input_energies, width
 from llaca.methods import METHODS
 from llaca.methods.base import StageView
-from llava.dataset import InstructionDataset, load_samples
+from llava.dataset import InstructionDataset
 from llava.model import load_base, trainable_parameters
 from llava.trainer import LlavaTrainer, training_arguments
 

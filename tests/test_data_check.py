@@ -11,14 +11,14 @@ import yaml
 from PIL import Image
 
 from data.benchmark import COIN, open_benchmark
-from data.check import check, check_benchmark, is_checked, main
+from data.check import check, check_benchmark, main, reader_of
 from data.mini import build
+from data.records import DataError
 from eval.report import main as report
 from eval.score import score_task
 from llaca.config import load_recipe
 from llaca.stream import ordered
 from llaca.train import run
-from llava.dataset import DataError
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "BENCHMARKS.md"
@@ -91,7 +91,7 @@ def test_everything_that_can_be_wrong_is_counted_by_kind_with_a_remedy(mini, tmp
     found = {(f["task"], f["split"]): f["problems"] for f in told["files"] if f["problems"]}
     assert found == {
         ("GQA", "train"): {
-            "missing image": 1, "outside root": 1, "unreadable image": 3, "schema": 1, "duplicate id": 1
+            "missing image": 1, "outside root": 1, "unreadable image": 3, "schema": 1
         },
         ("GQA", "test"): {"duplicate id": 1},
         ("TextVQA", "test"): {"annotations": 1},
@@ -101,7 +101,7 @@ def test_everything_that_can_be_wrong_is_counted_by_kind_with_a_remedy(mini, tmp
     texts = " ".join(next(f["first"] for f in told["files"] if (f["task"], f["split"]) == ("GQA", "train")))
     for part in ("gone.png does not exist; add", "leads out of the image root", "cut.jpg cannot be read", "text.png"):
         assert part in texts
-    assert "record 7" in texts and "record 6 has this id too" in texts
+    assert "record 7" not in texts, "nothing joins training records by their ids"
     printed = capsys.readouterr().out
     assert "none; -1 records" in printed and str(train) in printed
     assert not list(mini.glob(".checked*"))
@@ -119,15 +119,19 @@ def test_coins_own_description_says_where_to_get_what_is_missing(mini, capsys):
 
 def test_a_note_holds_until_a_file_changes(mini):
     tasks = ["GQA", "VizWiz"]
-    assert not is_checked(mini, "original", "GQA")
     first = check_benchmark(mini, "original", tasks)
-    assert is_checked(mini, "original", "GQA") and not is_checked(mini, "original", "TextVQA")
-    assert not is_checked(mini, "diverse", "GQA")
+    assert first.records == 2 * (8 + 4) and first.seconds > 0, "nothing was noted before"
     again = check_benchmark(mini, "original", ["VizWiz"])
-    assert again.seconds == 0 and again.records == 8 + 4 and first.records == 2 * (8 + 4)
-    path = mini / "Instructions/GQA/train.json"
-    edit(path, lambda records: records[2].update(image="gone.png"))
-    assert not is_checked(mini, "original", "VizWiz")
+    assert again.seconds == 0 and again.records == 8 + 4
+    assert check_benchmark(mini, "original", ["TextVQA"]).seconds > 0
+    assert check_benchmark(mini, "diverse", ["GQA"]).seconds > 0
+    check_benchmark(mini, "original", tasks)
+    assert check_benchmark(mini, "original", tasks).seconds == 0
+    edit(mini / "cl_dataset/GQA/testdev_balanced_questions.json", lambda content: content.update(new={}))
+    with pytest.raises(ValueError, match="question new"):  # an annotation file counts, too
+        check_benchmark(mini, "original", tasks)
+    edit(mini / "cl_dataset/GQA/testdev_balanced_questions.json", lambda content: content.pop("new"))
+    edit(mini / "Instructions/GQA/train.json", lambda records: records[2].update(image="gone.png"))
     with pytest.raises(ValueError, match=r"(?s)record 2 .*gone\.png does not exist.*Nothing was trained"):
         check_benchmark(mini, "original", tasks)
     assert not check_benchmark(mini, "original", tasks, unchecked=True).ok
@@ -136,10 +140,44 @@ def test_a_note_holds_until_a_file_changes(mini):
 def test_a_picture_that_is_gone_is_noticed_though_the_note_holds(mini, tiny_base, tmp_path):
     check_benchmark(mini, "original", ["GQA"])
     next((mini / "cl_dataset/GQA/train").iterdir()).unlink()
-    assert is_checked(mini, "original", "GQA")
+    assert check_benchmark(mini, "original", ["GQA"]).seconds == 0
     line = ["--base", str(tiny_base), "--data-root", str(mini), "--tasks", "GQA", "--runs-dir", str(tmp_path / "runs")]
     with pytest.raises(DataError, match="does not exist"):
         run(load_recipe([*line, "--method", "lora"]))
+
+
+def test_a_picture_that_changed_is_looked_at_again_by_the_check_alone(mini):
+    picture = mini / "cl_dataset/GQA/train/5.png"
+    assert check(open_benchmark(mini), "original", ["GQA"]).ok
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:-20])
+    [train, _] = check(open_benchmark(mini), "original", ["GQA"]).files
+    assert [(p.kind, p.record) for p in train.problems] == [("unreadable image", 5)]
+    picture.write_bytes(whole)
+    assert check(open_benchmark(mini), "original", ["GQA"]).ok
+
+
+def test_a_data_root_that_cannot_be_written_to_is_read_once_too(mini):
+    """The notes and what is read lie in the cache, and nothing lies in the data."""
+    before = {path: path.stat().st_mtime_ns for path in mini.rglob("*")}
+    assert check_benchmark(mini, "original", ["GQA"]).seconds > 0
+    assert check_benchmark(mini, "original", ["GQA"]).seconds == 0
+    assert {path: path.stat().st_mtime_ns for path in mini.rglob("*")} == before
+
+
+def test_what_the_recipe_cannot_use_is_found_by_the_check(mini, tiny_base):
+    def spoil(records):
+        records[1]["conversations"][0]["value"] = "<image>\n" + "Is it a dog? " * 300
+        records[2]["conversations"][0]["value"] = "<image>"
+
+    edit(mini / "Instructions/GQA/train.json", spoil)
+    [train, _] = check(open_benchmark(mini), "original", ["GQA"]).files
+    assert not train.problems and train.notes == ["1 records without an instruction; --grouping true refuses them"]
+    [train, _] = check(open_benchmark(mini), "original", ["GQA"], reader_of(tiny_base, {"GQA": 512}, True)).files
+    assert [(p.kind, p.record) for p in train.problems] == [("too long", 1), ("no instruction", 2)]
+    assert "raise max_length or shorten" in train.problems[0].text and "last line" in train.problems[1].text
+    [train, _] = check(open_benchmark(mini), "original", ["GQA"], reader_of(tiny_base, {"GQA": 4096}, False)).files
+    assert not train.problems
 
 
 def test_an_unchecked_run_leaves_out_what_it_cannot_use_and_says_so(mini, tiny_base, tmp_path, capsys):

@@ -15,10 +15,9 @@ from releases import RELEASES, TEST, TRAIN, draw, made, save
 
 from data.prepare.__main__ import READERS, main, prepare
 from data.prepare.plain_pickle import load_plain
+from data.records import instruction_of, load_questions, load_samples
 from eval.score import score_task
 from eval.tasks import TASKS
-from llaca.grouping import instruction_of
-from llava.dataset import load_questions, load_samples
 
 REPOSITORY = Path(__file__).parents[1]
 WORDINGS = json.loads((REPOSITORY / "data" / "instructions.json").read_text())["instructions"]

@@ -3,22 +3,17 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from data.records import instruction_of
 from eval.tasks import TASKS
-from llaca.grouping import (
-    THRESHOLDS,
-    Codebook,
-    group_tasks,
-    instruction_of,
-    main,
-    similarity,
-    wordings,
-)
+from llaca import grouping
+from llaca.grouping import THRESHOLDS, Codebook, group_tasks, main, similarity
 
 ROOT = Path(__file__).parent.parent
 PAPER = json.loads((ROOT / "data" / "instructions.json").read_text())
@@ -251,8 +246,20 @@ def test_command_names_what_is_missing(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_prompts_without_an_instruction_are_named_with_their_file():
-    prompts = [("record 0", "<image>\nRead the word."), ("record 1", "<image>\n"), ("record 2", "Read the word")]
-    assert wordings([prompts[0], prompts[2]], "last line", Path("train.json")) == ["Read the word"]
-    with pytest.raises(ValueError, match=r"(?s)train\.json: add an instruction to 1 record.*record 1: no instruction"):
-        wordings(prompts, "last line", Path("train.json"))
+def test_thousands_of_instructions_are_compared_in_bounded_memory():
+    """Blocks give what the whole matrix gives, and 5,000 texts against as many stay near the 200 MB of one matrix
+    of their similarities."""
+    rng = np.random.default_rng(0)
+    words = np.array([f"word{i}" for i in range(300)])
+    texts = [" ".join(rng.choice(words, 5)) for _ in range(5_000)]
+    for aggregate, reduce in (("mean", np.mean), ("max", np.max)):
+        codebook = Codebook(0.5, aggregate, [texts[:700]])
+        whole = float(reduce(similarity(texts[650:1_300], texts[:700])))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grouping, "PAIRS", 10_000)
+            assert codebook.match(texts[650:1_300]).scores == pytest.approx([whole], rel=1e-12)
+    tracemalloc.start()
+    [score] = Codebook(0.5, "mean", [texts]).match(texts[::-1]).scores
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0 < score < 0.1 and peak < 300e6

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from scipy.special import rel_entr, softmax
 from test_llaca_train import TASKS, adapters, arguments, mini  # noqa: F401
 
+from data.records import load_samples
 from eval.predict import open_run
 from eval.reproduce import main as reproduce
 from llaca.config import load_recipe
@@ -21,7 +22,7 @@ from llaca.methods import METHODS
 from llaca.methods.base import StageView
 from llaca.methods.merging import merge
 from llaca.train import handed_on, run
-from llava.dataset import InstructionDataset, load_samples
+from llava.dataset import InstructionDataset
 from llava.model import attach_lora, trainable_parameters
 from llava.trainer import answer_loss, supervised_logits
 
@@ -66,7 +67,7 @@ def test_fisher_is_the_mean_of_the_records_squared_gradients(view):
     """Against .backward() of each record's log-likelihood on its own; records without pictures are among them."""
     found = diagonal_fisher(view, 8)
     drawn = view.draw(8)
-    assert len(set(drawn)) == 8 and {view.dataset.samples[i].image is None for i in drawn} == {True, False}
+    assert len(set(drawn)) == 8 and {view.dataset.picture(i) is None for i in drawn} == {True, False}
     assert view.draw(99) != sorted(view.draw(99)) and len(view.draw(99)) == len(view.dataset)
     expected = {name: torch.zeros_like(weight) for name, weight in view.weights().items()}
     view.model.eval()
@@ -181,13 +182,17 @@ def test_the_replay_buffer_is_exact(arguments):  # noqa: F811
     assert [(t["samples"], t["replayed"], t["steps"]) for t in told] == [(24, 0, 3), (29, 5, 4), (34, 10, 5)]
 
 
-def test_replay_takes_its_records_from_the_earlier_tasks_own(view):
-    old = copy.copy(view.dataset)
-    old.samples = [replace(sample, id=f"old {sample.id}") for sample in old.samples]
+def test_replay_takes_its_records_from_the_earlier_tasks_own(view, tiny, tiny_data):
+    samples = [replace(s, id=f"old {s.id}") for s in load_samples(tiny_data / "train.json", tiny_data)]
+    old = InstructionDataset(samples, tiny[1], 36, 512)
     method = method_of("replay")
     method.recall({"buffer": {"old": [3, 12]}})
     extended = method.extend(view.dataset, {"old": old, "GQA": view.dataset})
-    assert extended.samples == [*view.dataset.samples, old.samples[3], old.samples[12]]
+    names = [extended.name(i) for i in range(len(extended))]
+    assert names == [*map(view.dataset.name, range(len(view.dataset))), old.name(3), old.name(12)]
+    for mine, theirs in ((len(view.dataset), 3), (len(view.dataset) + 1, 12)):
+        assert all(torch.equal(extended[mine][key], old[theirs][key]) for key in old[theirs])
+    assert extended.modality_lengths[-2:] == [old.modality_lengths[3], old.modality_lengths[12]]
 
 
 def test_a_memory_that_is_lost_stops_the_run(tmp_path):

@@ -12,6 +12,7 @@ from test_llaca_methods import method_of
 from test_llaca_train import adapters, arguments, mini  # noqa: F401
 from test_llava_model import scrambled
 
+from data.records import load_samples
 from eval.predict import Answerer, open_run
 from eval.report import main as report
 from eval.tables import read_matrix
@@ -19,7 +20,7 @@ from llaca.config import ModelConfig, load_recipe
 from llaca.methods import METHODS
 from llaca.methods.base import Method
 from llaca.train import run
-from llava.dataset import Collator, InstructionDataset, load_samples
+from llava.dataset import Collator, InstructionDataset
 from llava.model import (
     adapter_state,
     attach_lora,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_llaca_methods import layout_of, method_of, view  # noqa: F401
 from test_llaca_train import adapters, arguments, command, mini  # noqa: F401
 
+from data.records import load_samples
 from llaca.config import load_recipe
 from llaca.engine import Shards
 from llaca.inputs import input_energies
@@ -20,7 +21,7 @@ from llaca.methods import METHODS
 from llaca.methods.base import StageView
 from llaca.methods.pgp import extended
 from llaca.train import run
-from llava.dataset import InstructionDataset, load_samples
+from llava.dataset import InstructionDataset
 from llava.model import attach_lora, load_base
 from llava.trainer import answer_loss
 

@@ -17,12 +17,12 @@ from conftest import make_base
 from safetensors.torch import load_file
 
 from data.mini import build
+from data.records import DataError
 from eval.report import main as report
 from eval.tables import read_matrix
 from llaca.config import load_recipe
 from llaca.stream import environment, only_one
 from llaca.train import run
-from llava.dataset import DataError
 
 TASKS = ["ScienceQA", "TextVQA", "GQA"]
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from data.records import DataError, load_questions, load_samples
 from llava.conversation import IGNORE, IMAGE, encode
-from llava.dataset import Collator, DataError, InstructionDataset, load_questions, load_samples
+from llava.dataset import Collator, InstructionDataset
 
 RECORD = {
     "id": "r1",
@@ -126,7 +127,7 @@ def test_questions(folder):
         "no picture here",
         "<image>\n  kept as it is ",
     ]
-    assert questions[0].record["answer"] == "z" and questions[0].image == folder / "a.png"
+    assert questions[0].asked == "<image>\nq\n" and questions[0].image == folder / "a.png"
 
 
 @pytest.mark.parametrize(

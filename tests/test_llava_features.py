@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import make_base
 
-from llava.dataset import Collator, InstructionDataset, load_samples
+from data.records import load_samples
+from llava.dataset import Collator, InstructionDataset
 from llava.features import cache_features, use_features
 from llava.generate import generate_answers
 from llava.model import attach_lora, load_base

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.image import load_image, padding_processor, to_pixels, verify_image
+from data.pictures import load_image, verify_image
+from llava.image import padding_processor, to_pixels
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])

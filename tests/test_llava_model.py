@@ -8,7 +8,8 @@ from conftest import ORIGINAL, make_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from llava.dataset import Collator, InstructionDataset, load_samples
+from data.records import load_samples
+from llava.dataset import Collator, InstructionDataset
 from llava.model import (
     adapter_state,
     attach_lora,

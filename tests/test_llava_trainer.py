@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional
 from transformers import TrainerCallback, set_seed
 
+from data.records import load_samples
 from llava.conversation import IGNORE
-from llava.dataset import InstructionDataset, load_samples
+from llava.dataset import InstructionDataset
 from llava.features import cache_features, use_features
 from llava.hooks import TrainHooks
 from llava.model import adapter_state, attach_lora, load_base, save_adapter, set_adapter_state, trainable_parameters

@@ -1,0 +1,1 @@
+"""Measurements of this project: each module prints figures, none asserts anything."""

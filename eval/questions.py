@@ -1,0 +1,100 @@
+"""The questions of a run's test sets: read and tokenised once for all runs of a table (llava/prepare.py)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from data.benchmark import open_benchmark
+from data.records import DataError
+from eval.tasks import task_of
+from llaca.config import Recipe
+from llaca.stream import ordered
+from llava.conversation import Vocabulary, repeated
+from llava.model import image_tokens, open_processor
+from llava.prepare import Prepared, Source, open_records
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of one test set that are asked, by their numbers from 0; `rows` are those of the file's columns."""
+
+    prepared: Prepared
+    rows: np.ndarray
+    image_root: Path
+    image: int  # the placeholder's id
+    image_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def question_id(self, number: int) -> str | int:
+        """The id as the file has it."""
+        return self.prepared.columns.question_id(int(self.rows[number]))
+
+    def text(self, number: int) -> str:
+        """The prompt as the file has it."""
+        return self.prepared.columns.asked[int(self.rows[number])]
+
+    def name(self, number: int) -> str:
+        """What an error message calls the question."""
+        return f"{self.prepared.source.path}: {self.prepared.columns.name(int(self.rows[number]))}"
+
+    def picture(self, number: int) -> Path | None:
+        """The path of its picture."""
+        name = self.prepared.columns.image(int(self.rows[number]))
+        return None if name is None else self.image_root / name
+
+    def ids(self, number: int) -> list[int]:
+        """The token ids that ask it."""
+        columns = self.prepared.columns
+        begin, end = columns.span(int(self.rows[number]))
+        return repeated(columns.ids[begin:end].tolist(), self.image, self.image_tokens)
+
+    @property
+    def pictures(self) -> list[Path]:
+        """The paths of all pictures, each once."""
+        columns = self.prepared.columns
+        shown = columns.picture[self.rows]
+        return [self.image_root / columns.names[place] for place in dict.fromkeys(shown[shown >= 0].tolist())]
+
+    def wordings(self, grouping: bool) -> list[str]:
+        """The distinct instructions. Raises DataError for a question without one, where tasks are grouped by them."""
+        return self.prepared.wordings(self.rows, grouping)
+
+
+def questions_of(recipe: Recipe, split: str) -> Mapping[str, Questions]:
+    """The questions of every task of the recipe's stream, in training order. Runs that ask the same share them.
+
+    Raises DataError for a question that cannot be asked, unless the recipe goes on unchecked.
+    """
+    stream = recipe.stream
+    tasks = tuple(ordered(stream.tasks, stream.order))
+    files = [
+        task_of(stream.data_root, task).question_file(stream.data_root, stream.instructions, split) for task in tasks
+    ]
+    changed = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
+    limit, base = stream.max_test_samples, recipe.model.base
+    return _questions(stream.data_root, tuple(files), tasks, base, stream.unchecked, limit, changed)
+
+
+@lru_cache
+def _questions(
+    data_root: str, files: Sequence[Path], tasks: Sequence[str], base: str, unchecked: bool, limit: int, _changed: tuple
+) -> dict[str, Questions]:
+    benchmark = open_benchmark(data_root)
+    config, processor = open_processor(base)
+    vocabulary = Vocabulary.of(processor.tokenizer)
+    sources = [Source(file, "test", benchmark.task(task).instruction) for task, file in zip(tasks, files, strict=True)]
+    found, asked = open_records(sources, benchmark.image_root, vocabulary), {}
+    for task, source in zip(tasks, sources, strict=True):
+        one = found[source]
+        if isinstance(one, DataError):
+            raise one
+        rows = one.usable(unchecked)
+        # of the file's questions, those that cannot be used among them
+        rows = one.first(rows, limit)
+        asked[task] = Questions(one, rows, benchmark.image_root, vocabulary.image, image_tokens(config))
+    return asked

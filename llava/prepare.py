@@ -1,0 +1,368 @@
+"""Files of records, ready to be used: validated and tokenised once into column files, their pictures looked at once.
+
+    <cache>/records/<checksum>.safetensors      the columns of one file for one vocabulary (llava/tokens.py)
+    <cache>/pictures/<image root>.json          the pictures that were looked at, with size and time of change
+                                  .sets.json    the sets of them that files name, whole when they were looked at
+
+The cache is data.cache.cache_folder(). What is there is not made again; files of some size are made by processes of
+their own, one a core, whose memory goes when they are done. `python -m llava.prepare` is such a process.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from data.cache import cache_folder, make_once, replace_whole
+from data.checksums import checksum
+from data.records import DataError, Fault, Problem, picture_fault, questions_of, read_list, samples_of
+from llava.conversation import Vocabulary
+from llava.tokens import (
+    VERSION,
+    Columns,
+    QuestionColumns,
+    TrainingColumns,
+    load,
+    question_columns,
+    rows_before,
+    save,
+    training_columns,
+)
+
+KINDS: dict[str, type[Columns]] = {"train": TrainingColumns, "test": QuestionColumns}
+ALONE = 16 << 20  # bytes of files that this process makes by itself
+LOOKED_AT = 20_000  # pictures that it looks at by itself
+
+
+class Source(NamedTuple):
+    """A file of records. `kind`: train or test; `place`: where a prompt holds its instruction (instruction_of)."""
+
+    path: Path
+    kind: str
+    place: str
+
+
+@dataclass
+class Prepared:
+    """The columns of a file below an image root, and what is wrong with its pictures, by their names."""
+
+    source: Source
+    columns: Columns
+    faults: dict[str, tuple[str, str]] = field(default_factory=dict)  # name -> (what is wrong, kind)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The rows of `columns` whose pictures are whole."""
+        if not self.faults:
+            return np.arange(len(self.columns))
+        bad = [name in self.faults for name in self.columns.names] + [False]  # the last for those without a picture
+        return np.flatnonzero(~np.array(bad)[self.columns.picture])
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What is wrong with the records that cannot be used, by their numbers."""
+        whole, found = set(self.rows.tolist()) if self.faults else None, self.columns.problems
+        if whole is not None:
+            for row in range(len(self.columns)):
+                if row not in whole:
+                    text, kind = self.faults[self.columns.image(row)]
+                    found.append(Problem(int(self.columns.record[row]), kind, f"{self.columns.name(row)}: {text}"))
+        return sorted(found)
+
+    def usable(self, unchecked: bool) -> np.ndarray:
+        """The rows to use. Raises DataError if there is a problem, unless the run is `unchecked`."""
+        if not unchecked and (problems := self.problems):
+            raise DataError(self.source.path, [problem.text for problem in problems])
+        return self.rows
+
+    def wordings(self, rows: np.ndarray, grouping: bool) -> list[str]:
+        """The distinct instructions of these rows. Raises DataError for a row without, where `grouping` needs it."""
+        columns = self.columns
+        if grouping and (problems := silent_problems(self, rows)):
+            raise DataError(self.source.path, [problem.text for problem in problems])
+        return columns.wordings(rows)
+
+    def first(self, rows: np.ndarray, limit: int) -> np.ndarray:
+        """Those of the rows whose records are among the first `limit` of the file; 0: all."""
+        return rows[: np.searchsorted(rows, rows_before(self.columns, limit))] if limit else rows
+
+
+def silent_problems(prepared: Prepared, rows: np.ndarray) -> list[Problem]:
+    """Those of the rows in whose prompts there is no instruction."""
+    columns, place = prepared.columns, prepared.source.place
+    why = (
+        f"no instruction ({place}) in the prompt; tasks are grouped by it: add it, or correct `instruction` in the "
+        "benchmark's description"
+    )
+    return [
+        Problem(int(columns.record[row]), "no instruction", f"{columns.name(row)}: {why}")
+        for row in rows[columns.instruction[rows] < 0].tolist()
+    ]
+
+
+def columns_file(source: Source, vocabulary: Vocabulary | None) -> Path:
+    """Where the columns of a file are."""
+    parts = [str(VERSION), source.kind, source.place, checksum(source.path), digest_of(vocabulary)]
+    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return cache_folder() / "records" / f"{name}.safetensors"
+
+
+def digest_of(vocabulary: Vocabulary | None) -> str:
+    """What tells vocabularies apart."""
+    if vocabulary is None:
+        return ""
+    content = f"{vocabulary.bos} {vocabulary.image} {vocabulary.backend.to_str()}"
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def make(source: Source, vocabulary: Vocabulary | None) -> Columns:
+    """Read, validate and tokenise a file. Raises DataError for a file that is no list of records."""
+    problems: list[Problem] = []
+    records = read_list(source.path)
+    if source.kind == "train":
+        return training_columns(samples_of(records, problems), source.place, vocabulary, problems, len(records))
+    return question_columns(questions_of(records, problems), source.place, vocabulary, problems, len(records))
+
+
+def prepare(sources: Sequence[Source], vocabulary: Vocabulary | None) -> dict[Source, Columns | DataError]:
+    """Return the columns of each file, made where they are not there yet; a DataError in place of a file that is no
+    list of records. Raises OSError where the cache cannot be written to."""
+    found: dict[Source, Columns | DataError] = {}
+    waiting: dict[Path, Source] = {}
+    for source in sources:
+        try:
+            file = columns_file(source, vocabulary)
+        except OSError as error:
+            found[source] = DataError(source.path, [f"cannot be read ({error.strerror}); check the path in the recipe"])
+            continue
+        if not file.is_file():
+            waiting.setdefault(file, source)
+    if waiting:
+        alone = sum(source.path.stat().st_size for source in waiting.values()) <= ALONE
+        jobs = [(source, vocabulary, file) for file, source in waiting.items()]
+        if alone:
+            faults = [_make_here(*job) for job in jobs]
+        else:
+            with ThreadPoolExecutor(cores()) as pool:
+                faults = list(pool.map(lambda job: _make_elsewhere(*job), jobs))
+        found |= {
+            source: DataError(source.path, problems)
+            for source, problems in zip(waiting.values(), faults, strict=True)
+            if problems
+        }
+    for source in sources:
+        if source not in found:
+            found[source] = load(columns_file(source, vocabulary), KINDS[source.kind])
+    return {source: found[source] for source in sources}
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _make_here(source: Source, vocabulary: Vocabulary | None, file: Path) -> list[str]:
+    try:
+        make_once([file], lambda _, partial: save(make(source, vocabulary), partial))
+    except DataError as error:
+        return error.problems
+    return []
+
+
+def _make_elsewhere(source: Source, vocabulary: Vocabulary | None, file: Path) -> list[str]:
+    job = {"path": str(source.path), "kind": source.kind, "place": source.place, "file": str(file)}
+    if vocabulary is not None:
+        job |= {"tokenizer": vocabulary.backend.to_str(), "bos": vocabulary.bos, "image": vocabulary.image}
+    return _worker(job, str(source.path))
+
+
+def _worker(job: dict, what: str) -> list:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"}
+    line = [sys.executable, "-m", "llava.prepare"]
+    done = subprocess.run(line, input=json.dumps(job), capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise OSError(f"{what} could not be prepared (status {done.returncode}): {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    """A process that `prepare` or `look` started: does the job on its standard input, prints the problems as JSON."""
+    job = json.load(sys.stdin)
+    if "pictures" in job:
+        print(json.dumps(_look_at(Path(job["root"]), job["pictures"])))
+        return
+    vocabulary = None
+    if "tokenizer" in job:
+        vocabulary = Vocabulary(Tokenizer.from_str(job["tokenizer"]), job["bos"], job["image"])
+    print(json.dumps(_make_here(Source(Path(job["path"]), job["kind"], job["place"]), vocabulary, Path(job["file"]))))
+
+
+# --- pictures ---
+
+
+def look(columns: Sequence[Columns], image_root: Path, thorough: bool = False) -> dict[str, tuple[str, str]]:
+    """Return what is wrong with the pictures that these columns name, by their names: (text, kind).
+
+    A picture is decoded once; what was whole is noted with its size and time of change. Each call sees whether every
+    picture is there; `thorough` also sees which have changed, and decodes those again.
+    """
+    note, found = _Note(image_root), {}
+    for one in columns:
+        names = set(one.names)
+        there = _present(image_root, names)
+        missing = {name: str(picture_fault(image_root, name, look=False)) for name in sorted(names - there)}
+        found |= {name: (text, "missing image") for name, text in missing.items()}
+        whole = digest_of_names(one)
+        if whole in note.looked and not thorough:
+            continue
+        fresh = note.unseen(there, thorough)
+        faults = _faults(image_root, fresh, note)
+        found |= faults
+        if not missing and not faults:
+            note.looked.add(whole)
+    note.write()
+    return found
+
+
+def digest_of_names(columns: Columns) -> str:
+    """What tells the pictures of two files apart."""
+    names = columns.names
+    return hashlib.sha256(names.content.tobytes() + names.ends.tobytes()).hexdigest()
+
+
+def _faults(root: Path, names: list[str], note: "_Note") -> dict[str, tuple[str, str]]:
+    """Decode the pictures, with all cores where they are many; note those that are whole, return the others."""
+    if len(names) <= LOOKED_AT:
+        results = _look_at(root, names)
+    else:
+        shares = [names[first :: cores()] for first in range(cores())]
+        with ThreadPoolExecutor(cores()) as pool:
+            jobs = [{"root": str(root), "pictures": share} for share in shares]
+            results = [row for rows in pool.map(lambda job: _worker(job, str(root)), jobs) for row in rows]
+    found = {}
+    for name, stamp, text, kind in results:
+        if text:
+            found[name] = (text, kind)
+        note.take(name, None if text else stamp)
+    return found
+
+
+def _present(root: Path, names: Collection[str]) -> set[str]:
+    """Those of the names that are there; a folder is listed once, which on a network costs less than asking by name."""
+    folders, found = defaultdict(list), set()
+    for name in names:
+        folders[os.path.dirname(name)].append(name)
+    for folder, members in folders.items():
+        try:
+            with os.scandir(root / folder) as entries:
+                there = {entry.name for entry in entries}
+        except OSError:
+            continue
+        found.update(name for name in members if os.path.basename(name) in there)
+    return found
+
+
+def _look_at(root: Path, names: Sequence[str]) -> list[tuple[str, list[int], str, str]]:
+    """(name, stamp, what is wrong or nothing, its kind) of each picture."""
+    rows = []
+    for name in names:
+        fault = picture_fault(root, name)
+        text, kind = (str(fault), fault.kind) if isinstance(fault, Fault) else ("", "")
+        rows.append((name, _stamp(root, name), text, kind))
+    return rows
+
+
+def _stamp(root: Path, name: str) -> list[int]:
+    try:
+        stat = os.stat(root / name)
+    except OSError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+class _Note:
+    """The pictures below an image root that were whole when they were looked at: their stamps by name, read when they
+    are asked for, and `looked`, digests of sets of names that were whole together."""
+
+    def __init__(self, root: Path):
+        name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
+        folder = cache_folder() / "pictures"
+        self.root, self.stamps, self._changed = root, None, False
+        self._file, self._sets = folder / f"{name}.json", folder / f"{name}.sets.json"
+        self.looked = set(_read(self._sets, list))
+        self._before = set(self.looked)
+
+    def unseen(self, names: set[str], thorough: bool) -> list[str]:
+        """Those of the names that are not noted; `thorough`: or have changed since."""
+        if self.stamps is None:
+            self.stamps = _read(self._file, dict)
+        known = self.stamps
+        return [n for n in sorted(names) if n not in known or (thorough and _stamp(self.root, n) != known[n])]
+
+    def take(self, name: str, stamp: list[int] | None) -> None:
+        """Note a whole picture, or forget a broken one."""
+        self._changed = True
+        if stamp is None:
+            self.stamps.pop(name, None)
+        else:
+            self.stamps[name] = stamp
+
+    def write(self) -> None:
+        """Put the note on the disk."""
+        files = [(self._file, self.stamps)] if self._changed else []
+        files += [(self._sets, sorted(self.looked))] if self.looked != self._before else []
+        for path, content in files:
+            text = json.dumps(content)
+            replace_whole(path, lambda new, text=text: new.write_text(text, encoding="utf-8"))
+
+
+def _read(path: Path, kind: type) -> Any:
+    """What the cache notes in a JSON file; nothing where it is not there or broken: all is looked at again."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return kind()
+    return found if isinstance(found, kind) else kind()
+
+
+Faults = Mapping[str, tuple[str, str]]  # picture -> (what is wrong, kind)
+
+
+def open_records(
+    sources: Sequence[Source],
+    image_root: Path,
+    vocabulary: Vocabulary | None,
+    thorough: bool = False,
+    faults: Faults | None = None,
+) -> dict[Source, Prepared | DataError]:
+    """`prepare`, and `look` at the pictures of all that could be read, unless their `faults` are known."""
+    columns = prepare(sources, vocabulary)
+    if faults is None:
+        faults = look([one for one in columns.values() if isinstance(one, Columns)], image_root, thorough)
+    found: dict[Source, Prepared | DataError] = {}
+    for source, one in columns.items():
+        if isinstance(one, DataError):
+            found[source] = one
+        else:
+            own = {name: faults[name] for name in one.names if name in faults} if faults else {}
+            found[source] = Prepared(source, one, own)
+    return found
+
+
+def faults_of(found: Iterable[Prepared | DataError]) -> Faults:
+    """What is wrong with the pictures of all of these."""
+    return {name: fault for one in found if isinstance(one, Prepared) for name, fault in one.faults.items()}
+
+
+if __name__ == "__main__":
+    main()
