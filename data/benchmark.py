@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
+
+from data.pictures import shown
 
 COIN = Path(__file__).with_name("coin.yaml")
 INSTRUCTION_SETS = ("original", "diverse", "10type")
@@ -86,6 +88,9 @@ class Benchmark:
         )
 
 
+FIELD_TYPES = get_type_hints(TaskSpec)
+
+
 def open_benchmark(root: "Path | str | Benchmark", file: Path | None = None) -> Benchmark:
     """The benchmark in a folder, described by `file`, by the folder's own benchmark.yaml, or as CoIN.
 
@@ -111,21 +116,43 @@ def _open(root: Path, file: Path, _changed: int) -> Benchmark:
     if unknown := sorted(content.keys() - known):
         raise ValueError(f"{file}: unknown key '{unknown[0]}'; it may hold {', '.join(sorted(known))}")
     instructions = _mapping(content.get("instructions", {"original": "."}), file, "instructions")
+    for which, folder in instructions.items():
+        _typed(folder, str, file, f"instructions: {which}")
     if strange := sorted(instructions.keys() - set(INSTRUCTION_SETS)):
         raise ValueError(f"{file}: instruction set '{strange[0]}' is not one of {', '.join(INSTRUCTION_SETS)}")
     tasks = {name: _task(file, name, said) for name, said in _mapping(content.get("tasks"), file, "tasks").items()}
-    streams = {name: tuple(members) for name, members in _mapping(content.get("streams", {}), file, "streams").items()}
+    streams = {name: tuple(_typed(members, tuple[str, ...], file, f"streams: {name}"))
+               for name, members in _mapping(content.get("streams", {}), file, "streams").items()}  # fmt: skip
     for name, members in streams.items():
         if unknown := [task for task in members if task not in tasks]:
             raise ValueError(f"{file}: stream {name} names the task '{unknown[0]}', which the file does not describe")
-    name, images = content.get("name", root.name), content.get("images", ".")
-    return Benchmark(str(name), file, root, str(images), instructions, streams, tasks)
+    name = str(_typed(content.get("name", root.name), str | int | float, file, "name"))
+    images = _typed(content.get("images", "."), str, file, "images")
+    return Benchmark(name, file, root, images, instructions, streams, tasks)
 
 
 def _mapping(value: Any, file: Path, what: str) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{file}: {what} must be a mapping, as in data/coin.yaml; it is {value!r}")
     return {str(key): item for key, item in value.items()}
+
+
+WORDS = {str: "a text", int: "a whole number", tuple[str, ...]: "a list of texts", Mapping[str, int]: "a mapping of "
+         "splits to whole numbers, as {train: 100}", str | int | float: "a text"}  # fmt: skip
+
+
+def _typed(value: Any, kind: Any, file: Path, what: str) -> Any:
+    """The value, which must be of a kind of WORDS. Raises ValueError naming file, key and what is expected."""
+    if kind == tuple[str, ...]:
+        fits = isinstance(value, list | tuple) and bool(value) and all(isinstance(item, str) for item in value)
+    elif kind == Mapping[str, int]:
+        fits = isinstance(value, dict) and all(type(number) is int for number in value.values())
+    else:
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+    if not fits:
+        said = "empty" if value is None else shown(value)
+        raise ValueError(f"{file}: {what} must be {WORDS[kind]}; it is {said}")
+    return value
 
 
 def _task(file: Path, name: str, said: Any) -> TaskSpec:
@@ -137,9 +164,9 @@ def _task(file: Path, name: str, said: Any) -> TaskSpec:
     values = {"folders": (name,), **said}
     if missing := [key for key, f in known.items() if f.default is f.default_factory is MISSING and key not in values]:
         raise ValueError(f"{file}: {where} lacks '{missing[0]}'")
-    if isinstance(values["folders"], list):
-        values["folders"] = tuple(values["folders"])
-    spec = TaskSpec(name, **values)
+    for key, value in values.items():
+        values[key] = _typed(value, FIELD_TYPES[key], file, f"{where}: {key}")
+    spec = TaskSpec(name, **{**values, "folders": tuple(values["folders"])})
     if spec.instruction not in INSTRUCTION_PLACES:
         raise ValueError(f"{file}: {where}: instruction is one of {', '.join(INSTRUCTION_PLACES)}")
     return spec
