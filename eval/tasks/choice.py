@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from eval.tasks.base import Root, Task, field
+from eval.tasks.base import Task, field
 from eval.tasks.words import forgiving, normalise
 
 LETTERS = "ABCDE"
@@ -29,19 +31,12 @@ class Problem:
 class Choice(Task):
     """An option letter, as ScienceQA's; `choices`, the options' texts, is optional and lets `lenient` forgive them."""
 
-    def load_references(
-        self, data_root: Root, instructions: str = "original", split: str = "test"
-    ) -> dict[str, Problem]:
-        path = self.question_file(data_root, instructions, split)
-        references = {}
-        for question_id, record in self.load_questions(data_root, instructions, split).items():
-            where = f"{path}, question_id {question_id}"
-            letter = field(record, "answer", str, where)
-            choices = field(record, "choices", list, where) if "choices" in record else [""] * len(LETTERS)
-            if letter not in tuple(LETTERS[: len(choices)]):
-                raise ValueError(f"{where}: answer '{letter}' is no letter of its {len(choices)} options")
-            references[question_id] = Problem(tuple(map(str, choices)), LETTERS.index(letter))
-        return references
+    def reference_of(self, record: Mapping[str, Any], where: str) -> Problem:
+        letter = field(record, "answer", str, where)
+        choices = field(record, "choices", list, where) if "choices" in record else [""] * len(LETTERS)
+        if letter not in tuple(LETTERS[: len(choices)]):
+            raise ValueError(f"{where}: answer '{letter}' is no letter of its {len(choices)} options")
+        return Problem(tuple(map(str, choices)), LETTERS.index(letter))
 
     def official(self, text: str, reference: Problem) -> float:
         return float(stated_option(text, reference) == reference.answer)

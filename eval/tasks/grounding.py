@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
-from eval.tasks.base import Root, Task, field
+from eval.tasks.base import Task, field
 
 Box = tuple[float, float, float, float]
 
@@ -29,19 +30,15 @@ class Region:
 class Grounding(Task):
     """Right if the intersection over union with the reference is greater than 0.5."""
 
-    def load_references(
-        self, data_root: Root, instructions: str = "original", split: str = "test"
-    ) -> dict[str, Region]:
-        path = self.question_file(data_root, instructions, split)
-        references = {}
-        for question_id, record in self.load_questions(data_root, instructions, split).items():
-            where = f"{path}, question_id {question_id}"
-            answer = field(record, "answer_bbox", str, where)
-            if exact_box(answer) is None:
-                raise ValueError(f"{where}: answer_bbox '{answer}' is not [x1, y1, x2, y2]; correct the record")
-            # The size multiplies both boxes and cancels but for rounding: it may be left out.
-            references[question_id] = Region(answer, max(field(record, "size", list, where)) if "size" in record else 1)
-        return references
+    def reference_of(self, record: Mapping[str, Any], where: str) -> Region:
+        answer = field(record, "answer_bbox", str, where)
+        if exact_box(answer) is None:
+            raise ValueError(f"{where}: answer_bbox '{answer}' is not [x1, y1, x2, y2]; correct the record")
+        size = field(record, "size", list, where) if "size" in record else [1]
+        if not size or not all(isinstance(side, int | float) for side in size):
+            raise ValueError(f"{where}: size {size} is not [width, height] in pixels; correct the record")
+        # The size multiplies both boxes and cancels but for rounding: it may be left out.
+        return Region(answer, max(size))
 
     def official(self, text: str, reference: Region) -> float:
         return overlaps(exact_box(text), exact_box(reference.answer))
@@ -58,11 +55,12 @@ class Grounding(Task):
         bracketed = text.strip().startswith("[") and text.strip().endswith("]")
         return bracketed and box is not None and all(0 <= side <= 1 for side in box)
 
+    def can_be_constant(self, answer: str) -> bool:
+        return exact_box(answer) is not None
+
     def best_constant(self, answers: Sequence[str]) -> str:
-        """The coordinate-wise median box; ValueError for an answer that is no box."""
-        boxes = [exact_box(answer) for answer in answers]
-        if None in boxes:
-            raise ValueError(f"{self.name}: training answer '{answers[boxes.index(None)]}' is not [x1, y1, x2, y2]")
+        """The coordinate-wise median box of the answers that are one (region captions, for example, are none)."""
+        boxes = [box for answer in answers if (box := exact_box(answer)) is not None]
         return "[" + ", ".join(f"{median(side):.4f}" for side in zip(*boxes, strict=True)) + "]"
 
 
