@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from data.benchmark import TaskSpec
 from eval.tasks import TASKS
-from eval.tasks.base import Answer
+from eval.tasks.base import Answer, OpenQuestionTask
 from eval.tasks.choice import Problem
 from eval.tasks.gqa import Question
 from eval.tasks.grounding import Region, exact_box, intersection_over_union, legacy_box, loose_box
@@ -55,6 +56,41 @@ def test_consensus_by_number_of_agreeing_annotators(agreeing, score):
     answers = ["Red."] * agreeing + ["blue"] * (10 - agreeing)
     random.Random(0).shuffle(answers)
     assert consensus("red", answers) == pytest.approx(score)
+
+
+def test_official_accuracy_of_vqav2_and_vizwiz_is_their_evaluators():
+    cases = json.loads((GOLDEN / "vqa_official.json").read_text(encoding="utf-8"))
+    seen = set()
+    for case in cases:
+        annotators = [answer for answer, count in case["answers"].items() for _ in range(count)]
+        reference = Answer(annotators[0], tuple(annotators))
+        for task in ("VQAv2", "VizWiz"):
+            official, _, lenient = scores(task, case["prediction"], reference)
+            assert round(100 * official, 10) == case[task.lower()], (task, case)
+            assert official <= lenient <= 1
+        seen.add((case["vqav2"], case["vizwiz"]))
+    assert len(cases) > 400 and len(seen) > 12, "the cases hold all sorts of scores"
+
+
+@pytest.mark.parametrize(
+    ("said", "answers", "vqav2", "vizwiz", "textvqa"),
+    [
+        ("two", ["2"] * 10, 0, 1, 1),  # all the same: VQAv2 compares them as they are
+        ("2", ["two"] * 10, 0, 0, 1),  # VizWiz puts the prediction alone into the normal form
+        ("dog", ["a dog"] * 10, 0, 0, 1),
+        ("Yes", ["yes"] * 10, 0, 1, 1),
+        ("red white", ["red,white"] * 9 + ["red"], 1, 0, 0),  # a comma becomes a space; TextVQA deletes it
+        ("redwhite", ["red,white"] * 9 + ["red"], 0, 0, 1),
+        ("dont", ["don't"] * 5 + ["do not"] * 5, 1, 0, 1),
+        ("dont", ["don’t"] * 5 + ["do not"] * 5, 0, 1, 0),
+    ],
+)
+def test_where_the_three_evaluators_differ(said, answers, vqav2, vizwiz, textvqa):
+    reference = Answer(answers[0], tuple(answers))
+    given = [TASKS[task].official(said, reference) for task in ("VQAv2", "VizWiz", "TextVQA")]
+    assert given == [vqav2, vizwiz, textvqa]
+    own = OpenQuestionTask(TaskSpec("T", "open", ("T",)))
+    assert own.official(said, reference) == textvqa, "one's own benchmark has TextVQA's rule"
 
 
 @pytest.mark.parametrize(

@@ -333,10 +333,12 @@ class Answer:
 class OpenQuestionTask(Task):
     """Tasks whose references stand in the question file: `answer`, and optionally `answers`, a list of ten.
 
-    official: VQA consensus with ten answers, else the whole answer compared without regard to case.
+    official: with ten answers their `consensus`, here TextVQA's, else the whole answer compared without regard to case.
+    lenient: the consensus of normal forms, whatever the benchmark's own rule is.
     """
 
     max_words = 15  # of an answer in the form that is asked for
+    consensus = staticmethod(consensus)
 
     def reference_of(self, record: Mapping[str, Any], where: str) -> Answer:
         annotators = annotator_answers(record, where) if "answers" in record else ()
@@ -344,7 +346,7 @@ class OpenQuestionTask(Task):
 
     def official(self, text: str, reference: Answer) -> float:
         if reference.annotators:
-            return consensus(text, reference.annotators)
+            return self.consensus(text, reference.annotators)
         return float(same(text, reference.answer))
 
     def legacy(self, text: str, reference: Answer) -> float:
@@ -352,7 +354,7 @@ class OpenQuestionTask(Task):
 
     def lenient(self, text: str, reference: Answer) -> float:
         if reference.annotators:
-            return lenient_consensus(text, reference.annotators)
+            return max(self.official(text, reference), lenient_consensus(text, reference.annotators))
         return float(forgiving(text, reference.answer))
 
     def has_form(self, text: str, reference: Answer) -> bool:
