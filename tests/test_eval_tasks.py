@@ -128,6 +128,20 @@ def test_what_is_forgiven(said, wanted, right):
         ("I choose C here", (0, 0, 1)),  # legacy reads the pronoun as option I
         ("a cat or a dog", (0, 0, 0)),
         ("7 C", (0, 0, 1)),
+        # ScienceQA's own: "The answer is X." stands once, wherever it is, and the reason behind it does not matter.
+        ("The answer is C. BECAUSE: a dog is the largest, and A is not.", (1, 1, 1)),
+        ("The answer is C.\nBECAUSE: A is wrong.", (1, 1, 1)),
+        ("LECTURE: B is a cat. The answer is C.", (1, 0, 1)),
+        ("The answer is C, not A", (1, 1, 1)),  # any character may stand behind the letter
+        ("The answer is Cats.", (1, 0, 1)),  # also one of the same word
+        ("The answer is B. BECAUSE: C is wrong.", (0, 0, 0)),
+        ("The answer is C. The answer is C.", (0, 1, 1)),  # twice is not once
+        ("The answer is A. No, the answer is C.", (0, 0, 0)),
+        ("The answer is E. BECAUSE: C is wrong.", (0, 0, 0)),
+        ("the answer is (C). BECAUSE: A is wrong.", (0, 1, 1)),
+        ("C because A is wrong", (0, 1, 1)),
+        ("a dog BECAUSE: a cat is smaller, B", (0, 0, 1)),
+        ("because A and B are wrong, C", (0, 0, 0)),
     ],
 )
 def test_scienceqa(text, expected):
@@ -189,6 +203,12 @@ def test_gqa():
         ("the box (.1 .2 .5 .5).", None, None, (0.1, 0.2, 0.5, 0.5)),
         ("x1=0.1 y1=0.2 x2=0.5 y2=0.5", None, None, (0.1, 0.2, 0.5, 0.5)),
         ("no box", None, None, None),
+        ("[7.8125e-05, .2, 5e-1, 1E+0]", (7.8125e-05, 0.2, 0.5, 1), None, (7.8125e-05, 0.2, 0.5, 1)),
+        ("[1e-05,0.2,0.5,0.6]", (1e-05, 0.2, 0.5, 0.6), None, (1e-05, 0.2, 0.5, 0.6)),
+        ("x1=7.8125e-05 y1=0.2 x2=0.5 y2=0.5", None, None, (7.8125e-05, 0.2, 0.5, 0.5)),
+        ("[0.1, 0.2, 0.5, 1e999]", None, (0.1, 0.2, 0.5, 1e99), None),  # not finite
+        ("[nan, 0.2, inf, Infinity]", None, None, None),
+        ("[0.1, 0.2, 0.5e, 0.6]", None, None, (0.1, 0.2, 0.5, 0.6)),
     ],
 )
 def test_reading_boxes(text, exact, legacy, loose):

@@ -12,7 +12,11 @@ from eval.tasks.words import forgiving, normalise
 
 LETTERS = "ABCDE"
 WRONG = -1
-# "B", "B.", "(B)", "B. text", and ScienceQA's own "The answer is B."
+# ScienceQA's own way to find the option (run_gpt3.py, github.com/lupantech/ScienceQA): any character ends it.
+_ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
+# The same said in other words, as a capital letter standing alone.
+_LOOSE_ANSWER_IS = re.compile(r"(?i:\banswer(?: is)?):?\s*\(?([A-E])(?![\w'])")
+# "B", "B.", "(B)", "B. text", "the answer is: (B)"
 _LETTER_FORMS = (
     re.compile(r"\(?([A-E])\)?[.):]?", re.IGNORECASE),
     re.compile(r"\(?([A-E])[.):]\s.*", re.DOTALL),
@@ -58,10 +62,14 @@ def option_index(letter: str, problem: Problem) -> int:
 
 
 def stated_option(text: str, problem: Problem) -> int:
-    """The option an answer states in one of the usual forms, else WRONG."""
+    """The option an answer states, else WRONG: where "The answer is X." stands once, X, as the benchmark itself reads
+    it (and if it stands more than once, nothing); else an answer that is a letter in one of the usual forms."""
+    text = text.strip()
+    if found := _ANSWER_IS.findall(text):
+        return option_index(found[0], problem) if len(found) == 1 else WRONG
     for form in _LETTER_FORMS:
-        if found := form.fullmatch(text.strip()):
-            return option_index(found.group(1), problem)
+        if letter := form.fullmatch(text):
+            return option_index(letter.group(1), problem)
     return WRONG
 
 
@@ -75,13 +83,28 @@ def legacy_option(text: str, problem: Problem) -> int:
 
 
 def meant_option(text: str, problem: Problem) -> int:
-    """The option an answer states, or names by its text, or the only capital letter standing alone in it."""
+    """The option an answer states, or is the text of, or names: in front of its reason if it has one, else anywhere."""
     stated = stated_option(text, problem)
     if stated != WRONG:
         return stated
     equal = [i for i, choice in enumerate(problem.choices) if normalise(choice) == normalise(text) != ""]
-    inside = [i for i, choice in enumerate(problem.choices) if forgiving(text, choice)]
+    if equal:
+        return equal[0]
+    in_front = re.split(r"\bbecause\b", text, maxsplit=1, flags=re.IGNORECASE)[0]
+    named = (named_option(part, problem) for part in (in_front, text))
+    return next((option for option in named if option != WRONG), WRONG)
+
+
+def named_option(text: str, problem: Problem) -> int:
+    """The one option that a text gives as the answer, or whose text it holds, or whose capital letter stands alone."""
+    stated = stated_option(text, problem)
+    if stated != WRONG:
+        return stated
+    announced = set(_LOOSE_ANSWER_IS.findall(text))
+    if len(announced) == 1:
+        return option_index(announced.pop(), problem)
+    inside = [i for i, choice in enumerate(problem.choices) if normalise(choice) and forgiving(text, choice)]
+    if len(inside) == 1:
+        return inside[0]
     letters = set(re.findall(r"(?<![\w'])[A-E](?![\w'])", text))
-    if equal or len(inside) == 1:
-        return (equal or inside)[0]
     return option_index(letters.pop(), problem) if len(letters) == 1 else WRONG

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -12,7 +13,7 @@ from eval.tasks.base import Task, field
 
 Box = tuple[float, float, float, float]
 
-_NUMBER = r"-?(?:\d+\.?\d*|\.\d+)"
+_NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"  # also 7.8125e-05, as JSON writes small numbers
 _BOX = re.compile(r"\s*,\s*".join([f"({_NUMBER})"] * 4))
 _LOOSE_BOX = re.compile(r"(?<![\w.])" + r"[\s,;]+".join([f"({_NUMBER})"] * 4))
 _LONE_NUMBER = re.compile(rf"(?<![\w.]){_NUMBER}")
@@ -65,12 +66,12 @@ class Grounding(Task):
 
 
 def exact_box(text: str) -> Box | None:
-    """Four comma-separated numbers and nothing else, in brackets or not; None otherwise."""
+    """Four comma-separated finite numbers and nothing else, in brackets or not; None otherwise."""
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):
         text = text[1:-1].strip()
     found = _BOX.fullmatch(text)
-    return tuple(map(float, found.groups())) if found else None
+    return finite(found.groups()) if found else None
 
 
 def legacy_box(text: str) -> Box | None:
@@ -86,9 +87,15 @@ def legacy_box(text: str) -> Box | None:
 def loose_box(text: str) -> Box | None:
     """The first four numbers in a row anywhere in the text, or four lone numbers in it; None otherwise."""
     if found := _LOOSE_BOX.search(text):
-        return tuple(map(float, found.groups()))
-    numbers = [float(number) for number in _LONE_NUMBER.findall(text)]
-    return tuple(numbers) if len(numbers) == 4 else None
+        return finite(found.groups())
+    numbers = _LONE_NUMBER.findall(text)
+    return finite(numbers) if len(numbers) == 4 else None
+
+
+def finite(numbers: Sequence[str]) -> Box | None:
+    """The four numbers, unless one is too large for a float."""
+    box = tuple(map(float, numbers))
+    return box if all(map(isfinite, box)) else None
 
 
 def in_pixels(box: Box, reference: Region) -> Box:
