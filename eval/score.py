@@ -289,7 +289,7 @@ def majority_answers(
     return majority(task_name, data_root, instructions, split).rows
 
 
-def majority_baseline(
+def majority_score(
     task_name: str,
     data_root: Path | str,
     instructions: str = "original",
@@ -297,10 +297,16 @@ def majority_baseline(
     limit: int = 0,
     scoring: str = "official",
     unchecked: bool = False,
-) -> float:
-    """Accuracy in percent of the question-only majority baseline; `limit` and `unchecked` as in score_task."""
-    rows = majority(task_name, data_root, instructions, split, unchecked).rows
-    return score_task(task_name, rows, data_root, instructions, split, limit, unchecked).accuracy[scoring]
+) -> tuple[float, Majority]:
+    """Accuracy in percent of the question-only majority baseline, and its answers; arguments as in score_task."""
+    found = majority(task_name, data_root, instructions, split, unchecked)
+    score = score_task(task_name, found.rows, data_root, instructions, split, limit, unchecked)
+    return score.accuracy[scoring], found
+
+
+def majority_baseline(task_name: str, data_root: Path | str, *where: Any, **options: Any) -> float:
+    """The accuracy of `majority_score` alone."""
+    return majority_score(task_name, data_root, *where, **options)[0]
 
 
 # --- command line ---

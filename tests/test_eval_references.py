@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from data.benchmark import open_benchmark
+from eval.report import main as report
 from eval.score import majority, majority_baseline, score_task
 from eval.tasks import TASKS, task_of
+from llaca.config import load_recipe
+from llaca.train import run
 
 ANNOTATED = ("ScienceQA", "TextVQA", "GQA")
 
@@ -227,3 +230,22 @@ def test_the_baseline_of_boxes_leaves_out_and_counts_what_is_no_box(tmp_path):
     assert task.best_constant(["a caption", "[0, 0, 1, 1]", "nan, 0, 1, 1"]) == "[0.0000, 0.0000, 1.0000, 1.0000]"
     write(tmp_path / "B/train.json", [record((f"<image>\n{caption}", "The cupboards are white."))])
     assert majority("B", tmp_path).rows[0]["text"] == "", "where no training answer is a box there is none to give"
+
+
+# --- all of it together ---
+
+
+def test_an_unchecked_run_comes_to_its_table(own, tiny_base, tmp_path_factory, capsys):
+    runs = tmp_path_factory.mktemp("runs")
+    line = ["--base", str(tiny_base), "--data-root", str(own), "--lora_rank", "2", "--max_new_tokens", "2"]
+    line += ["--runs-dir", str(runs), "--run", "r", "--method", "lora", "--unchecked", "true"]
+    folder = run(load_recipe(line))
+    assert json.loads((folder / "stages/01-T/stage.json").read_text())["dropped_records"] == 1
+    report(["--runs-dir", str(runs)])
+    printed = capsys.readouterr().out
+    assert "lora: 1 broken records were left out of training." in printed
+    assert "T: 3 questions that cannot be scored were left out." in printed
+    assert "Question-only majority: 1 broken records of T were left out." in printed
+    (cell,) = json.loads((folder / "scores.json").read_text())
+    assert (cell["questions"], cell["missing"], cell["left_out"]) == (1, 0, 3)
+    assert len((folder / "answers/01-T/T.jsonl").read_text().splitlines()) == 2, "the reference does not matter there"
