@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from eval.predict import Run
+from eval.score import Majority
 
 
 def facts(methods: dict[str, list[Run]], metrics: dict[str, dict]) -> pd.DataFrame:
@@ -105,9 +106,25 @@ def scoring_notes(scoring: str, printed: bool) -> list[str]:
     return [*notes, told] if printed and scoring != "legacy" else notes
 
 
+def majority_notes(found: dict[str, Majority]) -> list[str]:
+    """What of each task's training file the question-only majority could not use, for the lines under the table."""
+    notes = []
+    for task, answers in found.items():
+        if answers.records_left_out:
+            notes.append(
+                f"Question-only majority: {answers.records_left_out:,} broken records of {task} were left out."
+            )
+        if answers.answers_left_out:
+            notes.append(
+                f"Question-only majority: {answers.answers_left_out:,} training answers of {task} that are no box were "
+                "left out."
+            )
+    return notes
+
+
 def format_notes(methods: dict[str, list[Run]], metrics: dict[str, dict]) -> list[str]:
     """Of each method the share of answers in the form that their task asks for, where it is not all of them: what is
-    lost there may be the form of an answer, not its content. And the records that were left out."""
+    lost there may be the form of an answer, not its content. And the records and questions that were left out."""
     notes = []
     for label, members in methods.items():
         tasks = members[0].tasks
@@ -116,6 +133,9 @@ def format_notes(methods: dict[str, list[Run]], metrics: dict[str, dict]) -> lis
             notes.append(f"{label}: answers in the task's form, where not all, in percent: {', '.join(told)}.")
         if dropped := sum(story["dropped_records"] for run in members for story in stories(run)):
             notes.append(f"{label}: {dropped:,} broken records were left out of training.")
+    shown = [metrics[run.name] for members in methods.values() for run in members]
+    unscored = {task: n for known in shown for task, n in known["left_out"].items() if n}
+    notes += [f"{task}: {n:,} questions that cannot be scored were left out." for task, n in unscored.items()]
     return notes
 
 

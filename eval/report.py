@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from eval.facts import facts, fallback_notes, format_notes, scoring_notes, stories
+from eval.facts import facts, fallback_notes, format_notes, majority_notes, scoring_notes, stories
 from eval.figures import (
     accuracy_heatmap,
     accuracy_heatmaps,
@@ -31,7 +31,7 @@ from eval.figures import (
 )
 from eval.metrics import forward_transfer
 from eval.predict import BASE, Run, answer_share, arguments, chosen_runs, merge_parts
-from eval.score import TaskScore, majority_baseline, read_answers, score_task
+from eval.score import TaskScore, majority_score, read_answers, score_task
 from eval.tables import Table, method_row, read_matrix, results_table, write_matrix, write_metrics
 from eval.tasks import MODES
 
@@ -49,7 +49,8 @@ def output_folder(run: Run) -> Path:
 
 def score_run(run: Run) -> dict:
     """Scores every cell and writes the run's files; returns its metrics, of the accuracies by `run.scoring`, and, as
-    "format", the percentage of answers in the form that the task asks for, by task after the last stage.
+    "format", the percentage of answers in the form that the task asks for, by task after the last stage, and, as
+    "left_out", the number of each task's questions that cannot be scored.
 
     A run that is not complete gets the matrix of its stages so far and, for want of a last row, no metrics.json.
     """
@@ -59,8 +60,8 @@ def score_run(run: Run) -> dict:
     @cache  # with grouping, many cells are one file
     def score(holder: str, task: str) -> TaskScore:
         answers = read_answers(run.answer_file(holder, task))
-        limit = stream.max_test_samples
-        found = score_task(task, answers, stream.data_root, stream.instructions, run.split, limit)
+        where = (stream.data_root, stream.instructions, run.split)
+        found = score_task(task, answers, *where, stream.max_test_samples, stream.unchecked)
         each = folder / "scores" / holder / f"{task}.csv"
         each.parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame.from_dict(found.per_question, orient="index").to_csv(each, index_label="question_id")
@@ -76,6 +77,7 @@ def score_run(run: Run) -> dict:
             "format_rate": scores[stage, task].format_rate,
             "questions": scores[stage, task].n,
             "missing": scores[stage, task].missing,
+            "left_out": scores[stage, task].left_out,
         }
         for stage, row in run.rows
         for task, holder in row.items()
@@ -101,7 +103,9 @@ def score_run(run: Run) -> dict:
         if len(A) > 1:
             extra["FWT"] = forward_transfer(whole.loc[stages].to_numpy(), whole.loc[BASE].to_numpy())
     metrics = write_metrics(folder / "metrics.json", A, tasks, extra)
-    return metrics | {"format": {task: scores[stages[-1], task].format_rate for task in tasks}}
+    last = {task: scores[stages[-1], task] for task in tasks}
+    told = {"format": {task: score.format_rate for task, score in last.items()}}
+    return metrics | told | {"left_out": {task: score.left_out for task, score in last.items()}}
 
 
 def method_label(run: Run) -> str:
@@ -143,20 +147,24 @@ def summary(runs: list[Run], metrics: dict[str, dict], out: Path, paper: bool = 
     """The table over comparable runs, seeds taken together; files and figures into `out`."""
     methods = by_method(runs)
     rows = [method_row(label, [metrics[run.name] for run in members]) for label, members in methods.items()]
-    table = results_table(rows, baseline(runs[0]), paper)
+    majority, left_out = baseline(runs[0])
+    table = results_table(rows, majority, paper)
     behind = facts(methods, metrics)
-    notes = [*scoring_notes(runs[0].scoring, paper), *table.notes]
+    notes = [*scoring_notes(runs[0].scoring, paper), *table.notes, *left_out]
     table = replace(table, notes=(*notes, *format_notes(methods, metrics), *fallback_notes(behind)))
     write_table(table, behind, runs, out)
     draw(methods, metrics, out)
     return table.text()
 
 
-def baseline(run: Run) -> dict[str, float]:
-    """The question-only majority baseline of every task, in percent, on the run's test sets and by its scoring."""
+def baseline(run: Run) -> tuple[dict[str, float], list[str]]:
+    """The question-only majority baseline of every task, in percent, on the run's test sets and by its scoring, and
+    the lines under a table on what it left out."""
     stream = run.recipe.stream
-    where = (stream.data_root, stream.instructions, run.split, stream.max_test_samples, run.scoring)
-    return {task: majority_baseline(task, *where) for task in stream.tasks}
+    where = (stream.data_root, stream.instructions, run.split, stream.max_test_samples, run.scoring, stream.unchecked)
+    found = {task: majority_score(task, *where) for task in stream.tasks}
+    left_out = {task: answers for task, (_, answers) in found.items()}
+    return {task: accuracy for task, (accuracy, _) in found.items()}, majority_notes(left_out)
 
 
 def write_table(table: Table, behind: pd.DataFrame, runs: list[Run], out: Path) -> None:

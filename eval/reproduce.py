@@ -129,13 +129,16 @@ def table(study: dict[str, Any], runs: dict[str, list[Run]], options: argparse.N
         rows.append(method_row(label, [metrics[run.name] for run in own]))
         rows += [printed[label]] if label in printed else []
     behind = facts(runs, metrics)
-    found = results_table(rows, baseline(every[0]))
+    majority, left_out = baseline(every[0])
+    found = results_table(rows, majority)
     notes = [study["title"] + (", on CoIN-mini with the small base" if options.mini else "") + f"; {split} split."]
     wordings = {run.recipe.stream.instructions for run in every}
     notes += [f"The majority row is of the {stream.instructions} instructions."] if len(wordings) > 1 else []
     notes += ["Lines marked 'printed' are the paper's, of the 7B or 13B model on CoIN."] if printed else []
     notes += scoring_notes(every[0].scoring, bool(printed))
-    found = replace(found, notes=(*notes, *found.notes, *format_notes(runs, metrics), *fallback_notes(behind)))
+    found = replace(
+        found, notes=(*notes, *found.notes, *left_out, *format_notes(runs, metrics), *fallback_notes(behind))
+    )
     write_table(found, behind, every, options.out)
     (options.out / "costs.md").write_text(costs(behind), encoding="utf-8")
     told = set(study["rows"])

@@ -11,16 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.benchmark import INSTRUCTION_SETS, open_benchmark
+from data.benchmark import INSTRUCTION_SETS, image_root, open_benchmark
 from eval.tasks import MODES, task_of
 from eval.tasks.base import SPLITS, field, read_json
+from llaca.grouping import instruction_of
 
 IMAGE_TOKEN = "<image>"
+Turns = list[tuple[str, str]]  # (question, answer) of one record
 MIN_COUNT = 5  # training answers that make a question text a guide of its own
 
 
@@ -30,7 +32,8 @@ class TaskScore:
 
     `n` questions are counted, `missing` of them have no answer: wrong for official and lenient; for legacy
     None unless the released evaluator counts it. `format_rate` is the share of the n questions answered in
-    the form the task asks for. `legacy_report` holds the figures the released evaluator prints.
+    the form the task asks for. `legacy_report` holds the figures the released evaluator prints. `left_out` records
+    of the question file cannot be scored and count nowhere.
     """
 
     task: str
@@ -40,6 +43,7 @@ class TaskScore:
     format_rate: float
     per_question: dict[str, dict[str, float | None]]
     legacy_report: dict[str, float]
+    left_out: int
 
 
 def percent(share: float) -> float:
@@ -63,13 +67,13 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def check_ids(task_name: str, rows: Sequence[Mapping[str, Any]], references: Mapping[str, Any]) -> None:
+def check_ids(task_name: str, rows: Sequence[Mapping[str, Any]], known: Collection[str]) -> None:
     """ValueError if a question is answered twice or an answer belongs to no question."""
     ids = Counter(str(row["question_id"]) for row in rows)
     doubled = [question_id for question_id, count in ids.items() if count > 1]
     if doubled:
         raise ValueError(f"{task_name}: question_id {doubled[0]} is answered {ids[doubled[0]]} times; answer it once")
-    unknown = [question_id for question_id in ids if question_id not in references]
+    unknown = [question_id for question_id in ids if question_id not in known]
     if unknown:
         raise ValueError(f"{task_name}: answer to unknown question_id {unknown[0]}; wrong split or data?")
 
@@ -81,24 +85,31 @@ def score_task(
     instructions: str = "original",
     split: str = "test",
     limit: int = 0,
+    unchecked: bool = False,
 ) -> TaskScore:
     """Score one task's answers in every mode.
 
-    `rows` hold question_id (text or number, compared as text) and text. `limit` counts only the first questions
-    of the file, for runs that were told to answer no more; 0: all. Raises ValueError if there are no
-    rows, for doubled or unknown ids and for broken references, FileNotFoundError if the data are not there.
+    `rows` hold question_id (text or number, compared as text) and text. A question counts if it is in the question
+    file; `limit` counts only the first records of the file, for runs that were told to answer no more; 0: all.
+    `unchecked` leaves out questions that cannot be scored, as such a run did in training, and counts them. Raises
+    ValueError if there are no rows, for doubled or unknown ids and for broken references, FileNotFoundError if the data
+    are not there.
     """
     task = task_of(data_root, task_name)
-    references = task.load_references(data_root, instructions, split)
+    found = task.read_references(data_root, instructions, split)
+    if not unchecked:
+        found.whole()
     if not rows:
         raise ValueError(f"{task.name}: no answers to score")
-    check_ids(task.name, rows, references)
+    check_ids(task.name, rows, found.ids)
 
-    if limit:
-        asked = list(task.load_questions(data_root, instructions, split))[:limit]
-        references = {question_id: references[question_id] for question_id in asked}
-    counted = {question_id: ref for question_id, ref in references.items() if task.counts(ref)}
-    legacy = task.legacy_scores(rows, references)
+    asked = {key: a.reference for key, a in found.asked.items() if not limit or a.position < limit}
+    counted = {question_id: reference for question_id, reference in asked.items() if task.counts(reference)}
+    if not counted:
+        raise ValueError(f"{found.path}: no question of it can be scored; correct the file or its annotations")
+    released = asked if limit else found.annotated  # what the released evaluator would load
+    rows = [row for row in rows if str(row["question_id"]) in released]
+    legacy = task.legacy_scores(rows, released)
     unanswered = {"official": 0.0, "legacy": task.legacy_missing, "lenient": 0.0}
     per_question: dict[str, dict[str, float | None]] = {question_id: dict(unanswered) for question_id in counted}
     in_form = answered = 0
@@ -117,7 +128,7 @@ def score_task(
 
     n = len(counted)
     share = {mode: sum(scores[mode] for scores in per_question.values()) / n for mode in ("official", "lenient")}
-    share["legacy"] = task.legacy_accuracy(legacy, references)
+    share["legacy"] = task.legacy_accuracy(legacy, released)
     return TaskScore(
         task=task.name,
         accuracy={mode: percent(share[mode]) for mode in MODES},
@@ -125,7 +136,8 @@ def score_task(
         missing=n - answered,
         format_rate=percent(in_form / n),
         per_question=per_question,
-        legacy_report=task.legacy_report(rows, legacy, references),
+        legacy_report=task.legacy_report(rows, legacy, released),
+        left_out=sum(not limit or fault.record < limit for fault in found.faults),
     )
 
 
@@ -150,9 +162,18 @@ def question_text(prompt: str) -> str:
     return prompt.replace(IMAGE_TOKEN, "").strip()
 
 
-def training_turns(path: Path) -> list[tuple[str, str]]:
-    """(question, answer) of every turn of a training file; ValueError naming file and record of a bad one."""
-    turns = []
+@dataclass(frozen=True)
+class Majority:
+    """Answer rows of the baseline, and what of the training file it could not use: records, and answers of others."""
+
+    rows: list[dict[str, str]]
+    records_left_out: int
+    answers_left_out: int
+
+
+def training_turns(path: Path) -> list[Turns]:
+    """(question, answer) of every turn, record by record; ValueError naming file and record of a bad one."""
+    records = []
     for position, record in enumerate(read_json(path, list)):
         where = f"{path}, record {position}"
         conversation = field(record, "conversations", list, where)
@@ -160,8 +181,57 @@ def training_turns(path: Path) -> list[tuple[str, str]]:
         if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
             raise ValueError(f"{where}: turns must alternate human, gpt; correct the record")
         values = [field(turn, "value", str, where) for turn in conversation]
-        turns += zip(map(question_text, values[::2]), values[1::2], strict=True)
-    return turns
+        records.append(list(zip(values[::2], values[1::2], strict=True)))
+    return records
+
+
+def usable_turns(path: Path, images: Path) -> tuple[list[Turns], int]:
+    """The same of the records that an unchecked run trains on, and the number of the others."""
+    from llava.dataset import read_samples  # needs torch, which scoring a folder of answers does not
+
+    loaded = read_samples(path, images, look=False)
+    return [list(sample.turns) for sample in loaded.usable], len(loaded.problems)
+
+
+def instruction_around(question: str, place: str) -> tuple[str, str]:
+    """The instruction of a question as it stands (before, behind) what is asked; empty if it is all of the text.
+
+    `place` as in `llaca.grouping.instruction_of`.
+    """
+    if place == "first line":
+        line, newline, asked = question.partition("\n")
+        return (line + newline, "") if asked.strip() else ("", "")
+    others, _, line = question.rpartition("\n")
+    if place == "last line":
+        return ("", question[len(others.rstrip()) :]) if others.strip() else ("", "")
+    asked = line.partition(":")[2].lstrip()
+    return (line[: len(line) - len(asked)], "") if asked else ("", "")
+
+
+def instruction_in(question: str, place: str) -> str:
+    """The question's instruction, as grouping compares it; empty if there is none."""
+    try:
+        return instruction_of(question, place)
+    except ValueError:
+        return ""
+
+
+def with_instructions(records: Sequence[Turns], place: str, tests: Iterable[str]) -> Iterable[tuple[str, str]]:
+    """(question, answer) of all turns, every question with its instruction, as the `tests` have theirs.
+
+    The instruction of a record's first question holds for its later ones, except for those that bring one of the
+    file's instructions, or of the tests', themselves.
+    """
+    firsts = [question_text(turns[0][0]) for turns in records]
+    known = {instruction_in(first, place) for first in firsts if any(instruction_around(first, place))}
+    known |= {instruction_in(text, place) for text in tests}
+    for first, turns in zip(firsts, records, strict=True):
+        before, behind = instruction_around(first, place)
+        yield first, turns[0][1]
+        for question, answer in turns[1:]:
+            later = question_text(question)
+            own = instruction_in(later, place) in known
+            yield later if own else f"{before}{later}{behind}", answer
 
 
 def backoff(question: str) -> tuple[str, str, str]:
@@ -169,41 +239,74 @@ def backoff(question: str) -> tuple[str, str, str]:
     return question, " ".join(question.split()[:3]), ""
 
 
-def majority_answers(
-    task_name: str, data_root: Path | str, instructions: str = "original", split: str = "test"
-) -> list[dict[str, str]]:
-    """Answer rows of the baseline that never sees a picture.
+def majority(
+    task_name: str,
+    data_root: Path | str,
+    instructions: str = "original",
+    split: str = "test",
+    unchecked: bool = False,
+) -> Majority:
+    """Answers of the baseline that never sees a picture.
 
     The most frequent training answer to the same question text; where the text occurs fewer than MIN_COUNT times,
-    to questions with the same first three words; else of the whole task. Boxes by their median.
+    to questions with the same first three words; else of the whole task. Boxes by their median; training answers
+    that are no box are left out. `unchecked` leaves out records that cannot be used, else ValueError names the first.
     """
     task = task_of(data_root, task_name)
+    path, left_out = task.train_file(data_root, instructions), 0
+    if unchecked:
+        records, left_out = usable_turns(path, image_root(data_root))
+    else:
+        records = training_turns(path)
+    asked, faults = task.read_questions(data_root, instructions, split)
+    if faults and not unchecked:
+        raise ValueError(f"{task.question_file(data_root, instructions, split)}, {faults[0].text}")
+    questions = {key: question_text(record["text"]) for key, (_, record) in asked.items()}
     answers: dict[str, list[str]] = defaultdict(list)
-    for question, answer in training_turns(task.train_file(data_root, instructions)):
+    unusable = 0
+    for question, answer in with_instructions(records, task.spec.instruction, questions.values()):
+        if not task.can_be_constant(answer):
+            unusable += 1
+            continue
         for key in backoff(question):
             answers[key].append(answer)
     constant = {key: task.best_constant(given) for key, given in answers.items() if len(given) >= MIN_COUNT or not key}
-    return [
+    rows = [
         {
             "question_id": question_id,
-            "prompt": record["text"],
-            "text": next(constant[key] for key in backoff(question_text(record["text"])) if key in constant),
+            "prompt": asked[question_id][1]["text"],
+            "text": next((constant[key] for key in backoff(question) if key in constant), ""),
         }
-        for question_id, record in task.load_questions(data_root, instructions, split).items()
+        for question_id, question in questions.items()
     ]
+    return Majority(rows, left_out, unusable)
 
 
-def majority_baseline(
+def majority_answers(
+    task_name: str, data_root: Path | str, instructions: str = "original", split: str = "test"
+) -> list[dict[str, str]]:
+    """Answer rows of `majority`."""
+    return majority(task_name, data_root, instructions, split).rows
+
+
+def majority_score(
     task_name: str,
     data_root: Path | str,
     instructions: str = "original",
     split: str = "test",
     limit: int = 0,
     scoring: str = "official",
-) -> float:
-    """Accuracy in percent of the question-only majority baseline; `limit` as in score_task."""
-    rows = majority_answers(task_name, data_root, instructions, split)[: limit or None]
-    return score_task(task_name, rows, data_root, instructions, split, limit).accuracy[scoring]
+    unchecked: bool = False,
+) -> tuple[float, Majority]:
+    """Accuracy in percent of the question-only majority baseline, and its answers; arguments as in score_task."""
+    found = majority(task_name, data_root, instructions, split, unchecked)
+    score = score_task(task_name, found.rows, data_root, instructions, split, limit, unchecked)
+    return score.accuracy[scoring], found
+
+
+def majority_baseline(task_name: str, data_root: Path | str, *where: Any, **options: Any) -> float:
+    """The accuracy of `majority_score` alone."""
+    return majority_score(task_name, data_root, *where, **options)[0]
 
 
 # --- command line ---

@@ -171,6 +171,28 @@ def test_official_differs_from_legacy_exactly_as_the_docs_say():
     assert found == documented
 
 
+def test_the_scorings_of_ones_own_benchmark(tmp_path):
+    """A stated option with its reason, boxes with small numbers, and ten people's answers, from file to score."""
+    scorings = {"Sci": "choice", "Box": "box", "Vqa": "vqav2", "Open": "open"}
+    write(tmp_path / "benchmark.yaml", {"tasks": {task: {"scoring": name} for task, name in scorings.items()}})
+    option, box = {"answer": "B", "choices": ["x", "y", "z"]}, {"answer_bbox": "[0.0, 0.2, 0.5, 0.6]", "size": [40, 30]}
+    people = [["red,white"] * 9 + ["red"], ["2"] * 10, ["yes"] * 10]
+    ten = [{"answer": answers[0], "answers": answers} for answers in people]
+    reasons = ["The answer is B. BECAUSE: y is the largest, and A is not.", "The answer is B.\nBECAUSE: A is wrong."]
+    cases = {
+        "Sci": ([option] * 4, [*reasons, "The answer is B.", "B"], [1, 1, 1, 1], [1, 1, 1, 1]),
+        "Box": ([box, box, {"answer_bbox": "[7.8125e-05, 0.2, 0.5, 0.6]"}],
+                ["[7.8125e-05, 0.2, 0.5, 0.6]", "[1e-05,0.2,0.5,0.6]", "[0.0, 0.2, 0.5, 0.6]"], [1, 1, 1], [1, 1, 1]),
+        "Vqa": (ten, ["red white", "two", "Yes"], [1, 0, 0], [1, 1, 1]),
+        "Open": (ten, ["red white", "two", "Yes"], [0, 1, 1], [0.3, 1, 1]),
+    }  # fmt: skip
+    for task, (references, texts, official, lenient) in cases.items():
+        write(tmp_path / task / "test.json", [{"question_id": i, "text": "q", **r} for i, r in enumerate(references)])
+        score = score_task(task, [{"question_id": i, "text": text} for i, text in enumerate(texts)], tmp_path)
+        assert [given["official"] for given in score.per_question.values()] == official, task
+        assert [given["lenient"] for given in score.per_question.values()] == pytest.approx(lenient), task
+
+
 # --- wrong input ---
 
 
@@ -239,17 +261,20 @@ def turns(*pairs):
     return {"id": "x", "conversations": [{"from": who, "value": said} for who, said in speech]}
 
 
-def test_majority_against_brute_force(tmp_path):
-    generator = np.random.default_rng(0)
+@pytest.mark.parametrize("instruction", ["", "\nAnswer briefly."])
+def test_majority_against_brute_force(tmp_path, instruction):
+    """The instruction stands in a record's first turn alone, and in every test question."""
+    generator = np.random.default_rng(1)
     questions, words = [f"what is it {i}?" for i in range(8)], ["red", "blue", "green", "two"]
     seen = [(str(generator.choice(questions[:6])), str(generator.choice(words))) for _ in range(90)]
     records = [
-        turns((f"<image>\n{q1}", a1), (q2, a2)) for (q1, a1), (q2, a2) in zip(seen[::2], seen[1::2], strict=True)
+        turns((f"<image>\n{q1}{instruction}", a1), (q2, a2))
+        for (q1, a1), (q2, a2) in zip(seen[::2], seen[1::2], strict=True)
     ]
     test = [
         {
             "question_id": str(i),
-            "text": str(generator.choice(questions)),
+            "text": str(generator.choice(questions)) + instruction,
             "answer": str(generator.choice(words)),
         }
         for i in range(60)
@@ -257,14 +282,45 @@ def test_majority_against_brute_force(tmp_path):
     write(tmp_path / "Instructions/VQAv2/train.json", records)
     write(tmp_path / "Instructions/VQAv2/val.json", test)
 
-    right = 0
+    expected = []
     for record in test:
-        same = [answer for question, answer in seen if question == record["text"]]
+        same = [answer for question, answer in seen if question + instruction == record["text"]]
         pool = same or [answer for _, answer in seen]
         best = max(Counter(pool).values())
-        right += next(answer for answer in pool if pool.count(answer) == best) == record["answer"]
+        expected.append(next(answer for answer in pool if pool.count(answer) == best))
+    right = sum(given == record["answer"] for given, record in zip(expected, test, strict=True))
     assert 0 < right < 60
+    assert [row["text"] for row in majority_answers("VQAv2", tmp_path)] == expected
     assert majority_baseline("VQAv2", tmp_path) == pytest.approx(100 * right / 60)
+
+
+@pytest.mark.parametrize(
+    ("place", "first", "later", "test"),
+    [
+        ("last line", "<image>\nWhat is it?\nAnswer briefly.", "Which colour?", "Which colour?\nAnswer briefly."),
+        (
+            "last line",
+            "What is it?\nAnswer briefly.",
+            "Which?\nA. cat\nB. dog",
+            "Which?\nA. cat\nB. dog\nAnswer briefly.",
+        ),
+        ("last line", "What is it?\nBe brief.", "Which?\nAnswer briefly.", "Which?\nAnswer briefly."),  # its own
+        ("last line", "<image>\nWhat is it?", "Which colour?", "Which colour?"),  # no instruction but the question
+        ("first line", "<image>\nName it.\nThe left one", "The right one", "Name it.\nThe right one"),
+        ("before colon", "<image>\nGive the box: ear", "the nose", "Give the box: the nose"),
+        ("before colon", "Describe the region: [0, 0, 1, 1]", "Give the box: nose", "Give the box: nose"),  # its own
+        ("before colon", "<image>\nGive the box", "the nose", "the nose"),
+    ],
+)
+def test_later_turns_have_the_instruction_of_the_first(tmp_path, place, first, later, test):
+    """Five later turns say "red", as many first turns of other records as make "blue" the answer to all the rest."""
+    write(tmp_path / "benchmark.yaml", {"tasks": {"T": {"scoring": "open", "instruction": place}}})
+    others = [turns((f"{first.partition('What')[0]}Which {i}", "blue")) for i in range(30)]
+    write(tmp_path / "T/train.json", [turns((first, "blue"), (later, "red"))] * 5 + others)
+    write(tmp_path / "T/test.json", [{"question_id": "0", "text": test, "answer": "red"}])
+    (row,) = majority_answers("T", tmp_path)
+    assert row == {"question_id": "0", "prompt": test, "text": "red"}
+    assert majority_baseline("T", tmp_path) == 100
 
 
 def test_majority_box_is_the_median(tmp_path):

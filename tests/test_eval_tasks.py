@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from data.benchmark import TaskSpec
 from eval.tasks import TASKS
-from eval.tasks.base import Answer
+from eval.tasks.base import Answer, OpenQuestionTask
 from eval.tasks.choice import Problem
 from eval.tasks.gqa import Question
 from eval.tasks.grounding import Region, exact_box, intersection_over_union, legacy_box, loose_box
@@ -57,6 +58,41 @@ def test_consensus_by_number_of_agreeing_annotators(agreeing, score):
     assert consensus("red", answers) == pytest.approx(score)
 
 
+def test_official_accuracy_of_vqav2_and_vizwiz_is_their_evaluators():
+    cases = json.loads((GOLDEN / "vqa_official.json").read_text(encoding="utf-8"))
+    seen = set()
+    for case in cases:
+        annotators = [answer for answer, count in case["answers"].items() for _ in range(count)]
+        reference = Answer(annotators[0], tuple(annotators))
+        for task in ("VQAv2", "VizWiz"):
+            official, _, lenient = scores(task, case["prediction"], reference)
+            assert round(100 * official, 10) == case[task.lower()], (task, case)
+            assert official <= lenient <= 1
+        seen.add((case["vqav2"], case["vizwiz"]))
+    assert len(cases) > 400 and len(seen) > 12, "the cases hold all sorts of scores"
+
+
+@pytest.mark.parametrize(
+    ("said", "answers", "vqav2", "vizwiz", "textvqa"),
+    [
+        ("two", ["2"] * 10, 0, 1, 1),  # all the same: VQAv2 compares them as they are
+        ("2", ["two"] * 10, 0, 0, 1),  # VizWiz puts the prediction alone into the normal form
+        ("dog", ["a dog"] * 10, 0, 0, 1),
+        ("Yes", ["yes"] * 10, 0, 1, 1),
+        ("red white", ["red,white"] * 9 + ["red"], 1, 0, 0),  # a comma becomes a space; TextVQA deletes it
+        ("redwhite", ["red,white"] * 9 + ["red"], 0, 0, 1),
+        ("dont", ["don't"] * 5 + ["do not"] * 5, 1, 0, 1),
+        ("dont", ["don’t"] * 5 + ["do not"] * 5, 0, 1, 0),
+    ],
+)
+def test_where_the_three_evaluators_differ(said, answers, vqav2, vizwiz, textvqa):
+    reference = Answer(answers[0], tuple(answers))
+    given = [TASKS[task].official(said, reference) for task in ("VQAv2", "VizWiz", "TextVQA")]
+    assert given == [vqav2, vizwiz, textvqa]
+    own = OpenQuestionTask(TaskSpec("T", "open", ("T",)))
+    assert own.official(said, reference) == textvqa, "one's own benchmark has TextVQA's rule"
+
+
 @pytest.mark.parametrize(
     ("said", "wanted", "right"),
     [
@@ -92,6 +128,20 @@ def test_what_is_forgiven(said, wanted, right):
         ("I choose C here", (0, 0, 1)),  # legacy reads the pronoun as option I
         ("a cat or a dog", (0, 0, 0)),
         ("7 C", (0, 0, 1)),
+        # ScienceQA's own: "The answer is X." stands once, wherever it is, and the reason behind it does not matter.
+        ("The answer is C. BECAUSE: a dog is the largest, and A is not.", (1, 1, 1)),
+        ("The answer is C.\nBECAUSE: A is wrong.", (1, 1, 1)),
+        ("LECTURE: B is a cat. The answer is C.", (1, 0, 1)),
+        ("The answer is C, not A", (1, 1, 1)),  # any character may stand behind the letter
+        ("The answer is Cats.", (1, 0, 1)),  # also one of the same word
+        ("The answer is B. BECAUSE: C is wrong.", (0, 0, 0)),
+        ("The answer is C. The answer is C.", (0, 1, 1)),  # twice is not once
+        ("The answer is A. No, the answer is C.", (0, 0, 0)),
+        ("The answer is E. BECAUSE: C is wrong.", (0, 0, 0)),
+        ("the answer is (C). BECAUSE: A is wrong.", (0, 1, 1)),
+        ("C because A is wrong", (0, 1, 1)),
+        ("a dog BECAUSE: a cat is smaller, B", (0, 0, 1)),
+        ("because A and B are wrong, C", (0, 0, 0)),
     ],
 )
 def test_scienceqa(text, expected):
@@ -153,6 +203,12 @@ def test_gqa():
         ("the box (.1 .2 .5 .5).", None, None, (0.1, 0.2, 0.5, 0.5)),
         ("x1=0.1 y1=0.2 x2=0.5 y2=0.5", None, None, (0.1, 0.2, 0.5, 0.5)),
         ("no box", None, None, None),
+        ("[7.8125e-05, .2, 5e-1, 1E+0]", (7.8125e-05, 0.2, 0.5, 1), None, (7.8125e-05, 0.2, 0.5, 1)),
+        ("[1e-05,0.2,0.5,0.6]", (1e-05, 0.2, 0.5, 0.6), None, (1e-05, 0.2, 0.5, 0.6)),
+        ("x1=7.8125e-05 y1=0.2 x2=0.5 y2=0.5", None, None, (7.8125e-05, 0.2, 0.5, 0.5)),
+        ("[0.1, 0.2, 0.5, 1e999]", None, (0.1, 0.2, 0.5, 1e99), None),  # not finite
+        ("[nan, 0.2, inf, Infinity]", None, None, None),
+        ("[0.1, 0.2, 0.5e, 0.6]", None, None, (0.1, 0.2, 0.5, 0.6)),
     ],
 )
 def test_reading_boxes(text, exact, legacy, loose):

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.benchmark import Benchmark, TaskSpec, image_root, task_folder
 from eval.tasks.words import ANNOTATORS, consensus, forgiving, is_phrase, lenient_consensus, same
@@ -30,13 +30,13 @@ SPLITS = ("test", "dev")
 def read_json(path: Path, kind: type) -> Any:
     """Parse a JSON file whose top level must be a `kind` (list or dict).
 
-    Raises FileNotFoundError or ValueError naming the file.
+    Raises FileNotFoundError or ValueError naming the file. A byte-order mark is read over.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; is the data root right and the data complete?")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); the file is broken or cut short") from error
     if not isinstance(content, kind) or not content:
         raise ValueError(f"{path}: expected a JSON {kind.__name__} with at least one entry")
@@ -44,10 +44,14 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def field(record: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """`record[key]`, which must be there and be a `kind`; `where` names file and record in the ValueError."""
-    if not isinstance(record, Mapping) or not isinstance(record.get(key), kind):
+    """`record[key]`, which must be there and be a `kind`; `where` names file and record in the ValueError.
+
+    True and false are no numbers here.
+    """
+    value = record.get(key) if isinstance(record, Mapping) else None
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{where}: '{key}' is missing or of the wrong type; correct the record")
-    return record[key]
+    return value
 
 
 def one_of(value: str, known: Mapping[str, Any] | Sequence[str], what: str) -> str:
@@ -60,6 +64,48 @@ def one_of(value: str, known: Mapping[str, Any] | Sequence[str], what: str) -> s
 def printed(share: float) -> float:
     """A share as the released evaluators print it: percent, two decimals."""
     return float(f"{100 * share:.2f}")
+
+
+class Fault(NamedTuple):
+    """What keeps a question from being scored: its record's number in the question file, a kind, a text with remedy.
+
+    kind: "schema" for a record that is no question, "annotations" for a question whose reference cannot be used.
+    """
+
+    record: int
+    kind: str
+    text: str
+
+
+class Asked(NamedTuple):
+    """A question of the file: its record's number there, the record, and what its answer is compared with."""
+
+    position: int
+    record: Mapping[str, Any]
+    reference: Any
+
+
+@dataclass(frozen=True)
+class References:
+    """What the answers to a question file are scored against.
+
+    asked: by question id (as text) in the file's order, the questions that can be scored. annotated: the references
+    that the released evaluator loads, which an annotation file may hold for questions that are never asked. faults:
+    why the other records cannot be scored. ids: of all questions, those with faults too.
+    """
+
+    path: Path
+    asked: dict[str, Asked]
+    annotated: dict[str, Any]
+    faults: list[Fault]
+    ids: frozenset[str]
+
+    def whole(self) -> References:
+        """Return these references. Raises ValueError naming the file and the first record with a fault, if any."""
+        if self.faults:
+            others = f" (and {len(self.faults) - 1} more records)" if len(self.faults) > 1 else ""
+            raise ValueError(f"{self.path}, {self.faults[0].text}{others}")
+        return self
 
 
 class Task(ABC):
@@ -89,26 +135,72 @@ class Task(ABC):
         """An official annotation file of the task, which lies with its pictures."""
         return image_root(data_root) / self.spec.folders[0] / name
 
-    def load_questions(
+    def annotation_files(self, data_root: Root, split: str = "test") -> list[Path]:
+        """The official annotation files that the references are read from; none if they stand in the question file."""
+        return []
+
+    # --- questions and references ---
+
+    def read_questions(
         self, data_root: Root, instructions: str = "original", split: str = "test"
-    ) -> dict[str, dict[str, Any]]:
-        """The question file's records by question id (as text), in file order; ValueError names a bad one."""
+    ) -> tuple[dict[str, tuple[int, Mapping[str, Any]]], list[Fault]]:
+        """(record number, record) by question id (as text) in file order, and what is wrong with other records.
+
+        Raises FileNotFoundError or ValueError for a file that is no list of records.
+        """
+        questions: dict[str, tuple[int, Mapping[str, Any]]] = {}
+        faults = []
+        for position, record in enumerate(read_json(self.question_file(data_root, instructions, split), list)):
+            where = f"record {position}"
+            try:
+                question_id = str(field(record, "question_id", (str, int), where))
+                field(record, "text", str, where)
+                if question_id in questions:
+                    raise ValueError(f"{where}: question_id {question_id} occurs twice; ids must be unique")
+                questions[question_id] = position, record
+            except ValueError as error:
+                faults.append(Fault(position, "schema", str(error)))
+        return questions, faults
+
+    def read_references(self, data_root: Root, instructions: str = "original", split: str = "test") -> References:
+        """The questions of a file with their references, and the faults of those that cannot be scored.
+
+        Raises FileNotFoundError or ValueError for files that cannot be read at all.
+        """
+        questions, faults = self.read_questions(data_root, instructions, split)
+        asked = {}
+        for question_id, (position, record) in questions.items():
+            try:
+                reference = self.reference_of(record, f"record {position}, question_id {question_id}")
+                asked[question_id] = Asked(position, record, reference)
+            except ValueError as error:
+                faults.append(Fault(position, "annotations", str(error)))
+        annotated = {question_id: question.reference for question_id, question in asked.items()}
         path = self.question_file(data_root, instructions, split)
-        questions: dict[str, dict[str, Any]] = {}
-        for position, record in enumerate(read_json(path, list)):
-            where = f"{path}, record {position}"
-            question_id = str(field(record, "question_id", (str, int), where))
-            field(record, "text", str, where)
-            if question_id in questions:
-                raise ValueError(f"{where}: question_id {question_id} occurs twice; ids must be unique")
-            questions[question_id] = record
-        return questions
+        return References(path, asked, annotated, sorted(faults), frozenset(questions))
+
+    def load_references(self, data_root: Root, instructions: str = "original", split: str = "test") -> dict[str, Any]:
+        """References by question id (as text), in file order; ValueError names a record that cannot be used."""
+        return self.read_references(data_root, instructions, split).whole().annotated
+
+    def check_questions(self, data_root: Root, instructions: str = "original", split: str = "test") -> list[Fault]:
+        """Every question whose reference is missing or broken, for a check before anything is trained.
+
+        A fault has the record's number in the question file; its text names record, question id and remedy. A file
+        that cannot be read at all is one fault of record 0. What is wrong with a record as a question (its id or
+        text) is not in the list: whoever reads the questions says that.
+        """
+        try:
+            faults = self.read_references(data_root, instructions, split).faults
+        except (ValueError, OSError) as error:
+            return [Fault(0, "annotations", str(error))]
+        return [fault for fault in faults if fault.kind == "annotations"]
 
     # --- what a subclass says ---
 
     @abstractmethod
-    def load_references(self, data_root: Root, instructions: str = "original", split: str = "test") -> dict[str, Any]:
-        """References by question id (as text), in file order."""
+    def reference_of(self, record: Mapping[str, Any], where: str) -> Any:
+        """The reference in a question's record; ValueError, beginning with `where`, for one that cannot be used."""
 
     @abstractmethod
     def official(self, text: str, reference: Any) -> float:
@@ -164,9 +256,55 @@ class Task(ABC):
 
     # --- the question-only baseline ---
 
+    def can_be_constant(self, answer: str) -> bool:
+        """Whether a training answer is of the kind that `best_constant` chooses from."""
+        return True
+
     def best_constant(self, answers: Sequence[str]) -> str:
         """The one answer to give to all of these: the most frequent, the first seen of equals."""
         return Counter(answers).most_common(1)[0][0]
+
+
+class AnnotatedTask(Task):
+    """Tasks whose references stand in official annotation files. A question that is never asked counts nowhere."""
+
+    @abstractmethod
+    def annotations(self, data_root: Root, split: str = "test") -> tuple[dict[str, Any], dict[str, str]]:
+        """References by question id (as text), in file order, and what is wrong with other entries, by id.
+
+        Raises FileNotFoundError or ValueError for a file that cannot be read at all.
+        """
+
+    def reference_of(self, record: Mapping[str, Any], where: str) -> Any:
+        raise ValueError(f"{where}: references of {self.name} stand in its annotation files, not in the record")
+
+    def load_references(self, data_root: Root, instructions: str = "original", split: str = "test") -> dict[str, Any]:
+        """References of all annotated questions, asked or not, as the released evaluators load them."""
+        references, broken = self.annotations(data_root, split)
+        for problem in broken.values():
+            raise ValueError(problem)
+        return references
+
+    def read_references(self, data_root: Root, instructions: str = "original", split: str = "test") -> References:
+        """As for other tasks. Without a question file (answers are scored alone) all annotated questions are asked."""
+        references, broken = self.annotations(data_root, split)
+        files = self.annotation_files(data_root, split)
+        try:
+            questions, faults = self.read_questions(data_root, instructions, split)
+            path = self.question_file(data_root, instructions, split)
+        except FileNotFoundError:
+            questions = {key: (position, {}) for position, key in enumerate([*references, *broken])}
+            faults, path = [], files[0]
+        asked = {}
+        for question_id, (position, record) in questions.items():
+            if question_id in references:
+                asked[question_id] = Asked(position, record, references[question_id])
+                continue
+            names = " and ".join(str(file) for file in files)
+            unknown = f"{names}: no entry for it; take the files of one release, or remove the question"
+            text = f"record {position}, question_id {question_id}: {broken.get(question_id, unknown)}"
+            faults.append(Fault(position, "annotations", text))
+        return References(path, asked, references, sorted(faults), frozenset([*questions, *references]))
 
 
 def last_answers_by_id(
@@ -195,25 +333,20 @@ class Answer:
 class OpenQuestionTask(Task):
     """Tasks whose references stand in the question file: `answer`, and optionally `answers`, a list of ten.
 
-    official: VQA consensus with ten answers, else the whole answer compared without regard to case.
+    official: with ten answers their `consensus`, here TextVQA's, else the whole answer compared without regard to case.
+    lenient: the consensus of normal forms, whatever the benchmark's own rule is.
     """
 
     max_words = 15  # of an answer in the form that is asked for
+    consensus = staticmethod(consensus)
 
-    def load_references(
-        self, data_root: Root, instructions: str = "original", split: str = "test"
-    ) -> dict[str, Answer]:
-        path = self.question_file(data_root, instructions, split)
-        references = {}
-        for question_id, record in self.load_questions(data_root, instructions, split).items():
-            where = f"{path}, question_id {question_id}"
-            annotators = annotator_answers(record, where) if "answers" in record else ()
-            references[question_id] = Answer(field(record, "answer", str, where), annotators)
-        return references
+    def reference_of(self, record: Mapping[str, Any], where: str) -> Answer:
+        annotators = annotator_answers(record, where) if "answers" in record else ()
+        return Answer(field(record, "answer", str, where), annotators)
 
     def official(self, text: str, reference: Answer) -> float:
         if reference.annotators:
-            return consensus(text, reference.annotators)
+            return self.consensus(text, reference.annotators)
         return float(same(text, reference.answer))
 
     def legacy(self, text: str, reference: Answer) -> float:
@@ -221,7 +354,7 @@ class OpenQuestionTask(Task):
 
     def lenient(self, text: str, reference: Answer) -> float:
         if reference.annotators:
-            return lenient_consensus(text, reference.annotators)
+            return max(self.official(text, reference), lenient_consensus(text, reference.annotators))
         return float(forgiving(text, reference.answer))
 
     def has_form(self, text: str, reference: Answer) -> bool:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from eval.tasks.base import Root, Task, field
+from eval.tasks.base import Task, field
 from eval.tasks.words import forgiving, normalise
 
 LETTERS = "ABCDE"
 WRONG = -1
-# "B", "B.", "(B)", "B. text", and ScienceQA's own "The answer is B."
+# ScienceQA's own way to find the option (run_gpt3.py, github.com/lupantech/ScienceQA): any character ends it.
+_ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
+# The same said in other words, as a capital letter standing alone.
+_LOOSE_ANSWER_IS = re.compile(r"(?i:\banswer(?: is)?):?\s*\(?([A-E])(?![\w'])")
+# "B", "B.", "(B)", "B. text", "the answer is: (B)"
 _LETTER_FORMS = (
     re.compile(r"\(?([A-E])\)?[.):]?", re.IGNORECASE),
     re.compile(r"\(?([A-E])[.):]\s.*", re.DOTALL),
@@ -29,19 +35,12 @@ class Problem:
 class Choice(Task):
     """An option letter, as ScienceQA's; `choices`, the options' texts, is optional and lets `lenient` forgive them."""
 
-    def load_references(
-        self, data_root: Root, instructions: str = "original", split: str = "test"
-    ) -> dict[str, Problem]:
-        path = self.question_file(data_root, instructions, split)
-        references = {}
-        for question_id, record in self.load_questions(data_root, instructions, split).items():
-            where = f"{path}, question_id {question_id}"
-            letter = field(record, "answer", str, where)
-            choices = field(record, "choices", list, where) if "choices" in record else [""] * len(LETTERS)
-            if letter not in tuple(LETTERS[: len(choices)]):
-                raise ValueError(f"{where}: answer '{letter}' is no letter of its {len(choices)} options")
-            references[question_id] = Problem(tuple(map(str, choices)), LETTERS.index(letter))
-        return references
+    def reference_of(self, record: Mapping[str, Any], where: str) -> Problem:
+        letter = field(record, "answer", str, where)
+        choices = field(record, "choices", list, where) if "choices" in record else [""] * len(LETTERS)
+        if letter not in tuple(LETTERS[: len(choices)]):
+            raise ValueError(f"{where}: answer '{letter}' is no letter of its {len(choices)} options")
+        return Problem(tuple(map(str, choices)), LETTERS.index(letter))
 
     def official(self, text: str, reference: Problem) -> float:
         return float(stated_option(text, reference) == reference.answer)
@@ -63,10 +62,14 @@ def option_index(letter: str, problem: Problem) -> int:
 
 
 def stated_option(text: str, problem: Problem) -> int:
-    """The option an answer states in one of the usual forms, else WRONG."""
+    """The option an answer states, else WRONG: where "The answer is X." stands once, X, as the benchmark itself reads
+    it (and if it stands more than once, nothing); else an answer that is a letter in one of the usual forms."""
+    text = text.strip()
+    if found := _ANSWER_IS.findall(text):
+        return option_index(found[0], problem) if len(found) == 1 else WRONG
     for form in _LETTER_FORMS:
-        if found := form.fullmatch(text.strip()):
-            return option_index(found.group(1), problem)
+        if letter := form.fullmatch(text):
+            return option_index(letter.group(1), problem)
     return WRONG
 
 
@@ -80,13 +83,28 @@ def legacy_option(text: str, problem: Problem) -> int:
 
 
 def meant_option(text: str, problem: Problem) -> int:
-    """The option an answer states, or names by its text, or the only capital letter standing alone in it."""
+    """The option an answer states, or is the text of, or names: in front of its reason if it has one, else anywhere."""
     stated = stated_option(text, problem)
     if stated != WRONG:
         return stated
     equal = [i for i, choice in enumerate(problem.choices) if normalise(choice) == normalise(text) != ""]
-    inside = [i for i, choice in enumerate(problem.choices) if forgiving(text, choice)]
+    if equal:
+        return equal[0]
+    in_front = re.split(r"\bbecause\b", text, maxsplit=1, flags=re.IGNORECASE)[0]
+    named = (named_option(part, problem) for part in (in_front, text))
+    return next((option for option in named if option != WRONG), WRONG)
+
+
+def named_option(text: str, problem: Problem) -> int:
+    """The one option that a text gives as the answer, or whose text it holds, or whose capital letter stands alone."""
+    stated = stated_option(text, problem)
+    if stated != WRONG:
+        return stated
+    announced = set(_LOOSE_ANSWER_IS.findall(text))
+    if len(announced) == 1:
+        return option_index(announced.pop(), problem)
+    inside = [i for i, choice in enumerate(problem.choices) if normalise(choice) and forgiving(text, choice)]
+    if len(inside) == 1:
+        return inside[0]
     letters = set(re.findall(r"(?<![\w'])[A-E](?![\w'])", text))
-    if equal or len(inside) == 1:
-        return (equal or inside)[0]
     return option_index(letters.pop(), problem) if len(letters) == 1 else WRONG

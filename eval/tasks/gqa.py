@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from eval.tasks.base import Root, Task, field, last_answers_by_id, one_of, printed, read_json
+from eval.tasks.base import AnnotatedTask, Root, field, last_answers_by_id, one_of, printed, read_json
 from eval.tasks.words import forgiving, is_phrase
 
 _ANNOTATIONS = {"test": "testdev_balanced_questions.json", "dev": "dev_balanced_questions.json"}
@@ -24,24 +25,21 @@ class Question:
     group: str | None
 
 
-class GQA(Task):
+class GQA(AnnotatedTask):
     """References: GQA's own question file, a dictionary by question id; only balanced questions count."""
 
-    def load_references(
-        self, data_root: Root, instructions: str = "original", split: str = "test"
-    ) -> dict[str, Question]:
-        path = self.annotation(data_root, _ANNOTATIONS[one_of(split, _ANNOTATIONS, "split")])
-        references = {}
+    def annotation_files(self, data_root: Root, split: str = "test") -> list[Path]:
+        return [self.annotation(data_root, _ANNOTATIONS[one_of(split, _ANNOTATIONS, "split")])]
+
+    def annotations(self, data_root: Root, split: str = "test") -> tuple[dict[str, Question], dict[str, str]]:
+        (path,) = self.annotation_files(data_root, split)
+        references, broken = {}, {}
         for question_id, record in read_json(path, dict).items():
-            where = f"{path}, question {question_id}"
-            types = field(record, "types", dict, where)
-            references[question_id] = Question(
-                answer=field(record, "answer", str, where),
-                balanced=field(record, "isBalanced", bool, where),
-                open=field(types, "structural", str, where) == "query",
-                group=record.get("groups", {}).get("global"),
-            )
-        return references
+            try:
+                references[question_id] = annotated_question(record, f"{path}, question {question_id}")
+            except ValueError as error:
+                broken[question_id] = str(error)
+        return references, broken
 
     def counts(self, reference: Question) -> bool:
         return reference.balanced
@@ -85,6 +83,18 @@ class GQA(Task):
         figures["Accuracy"] = printed(self.legacy_accuracy(scores, references))
         distance = answer_distance([(prediction, question) for prediction, question, _ in counted])
         return figures | {"Distribution": float(f"{distance:.2f}")}
+
+
+def annotated_question(record: Mapping[str, Any], where: str) -> Question:
+    """An entry of GQA's question file; ValueError, beginning with `where`, for a broken one."""
+    types = field(record, "types", dict, where)
+    groups = record.get("groups")
+    return Question(
+        answer=field(record, "answer", str, where),
+        balanced=field(record, "isBalanced", bool, where),
+        open=field(types, "structural", str, where) == "query",
+        group=groups.get("global") if isinstance(groups, Mapping) else None,
+    )
 
 
 def gqa_form(text: str) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from statistics import median
+from typing import Any
 
-from eval.tasks.base import Root, Task, field
+from eval.tasks.base import Task, field
 
 Box = tuple[float, float, float, float]
 
-_NUMBER = r"-?(?:\d+\.?\d*|\.\d+)"
+_NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"  # also 7.8125e-05, as JSON writes small numbers
 _BOX = re.compile(r"\s*,\s*".join([f"({_NUMBER})"] * 4))
 _LOOSE_BOX = re.compile(r"(?<![\w.])" + r"[\s,;]+".join([f"({_NUMBER})"] * 4))
 _LONE_NUMBER = re.compile(rf"(?<![\w.]){_NUMBER}")
@@ -29,19 +31,15 @@ class Region:
 class Grounding(Task):
     """Right if the intersection over union with the reference is greater than 0.5."""
 
-    def load_references(
-        self, data_root: Root, instructions: str = "original", split: str = "test"
-    ) -> dict[str, Region]:
-        path = self.question_file(data_root, instructions, split)
-        references = {}
-        for question_id, record in self.load_questions(data_root, instructions, split).items():
-            where = f"{path}, question_id {question_id}"
-            answer = field(record, "answer_bbox", str, where)
-            if exact_box(answer) is None:
-                raise ValueError(f"{where}: answer_bbox '{answer}' is not [x1, y1, x2, y2]; correct the record")
-            # The size multiplies both boxes and cancels but for rounding: it may be left out.
-            references[question_id] = Region(answer, max(field(record, "size", list, where)) if "size" in record else 1)
-        return references
+    def reference_of(self, record: Mapping[str, Any], where: str) -> Region:
+        answer = field(record, "answer_bbox", str, where)
+        if exact_box(answer) is None:
+            raise ValueError(f"{where}: answer_bbox '{answer}' is not [x1, y1, x2, y2]; correct the record")
+        size = field(record, "size", list, where) if "size" in record else [1]
+        if not size or not all(isinstance(side, int | float) for side in size):
+            raise ValueError(f"{where}: size {size} is not [width, height] in pixels; correct the record")
+        # The size multiplies both boxes and cancels but for rounding: it may be left out.
+        return Region(answer, max(size))
 
     def official(self, text: str, reference: Region) -> float:
         return overlaps(exact_box(text), exact_box(reference.answer))
@@ -58,21 +56,22 @@ class Grounding(Task):
         bracketed = text.strip().startswith("[") and text.strip().endswith("]")
         return bracketed and box is not None and all(0 <= side <= 1 for side in box)
 
+    def can_be_constant(self, answer: str) -> bool:
+        return exact_box(answer) is not None
+
     def best_constant(self, answers: Sequence[str]) -> str:
-        """The coordinate-wise median box; ValueError for an answer that is no box."""
-        boxes = [exact_box(answer) for answer in answers]
-        if None in boxes:
-            raise ValueError(f"{self.name}: training answer '{answers[boxes.index(None)]}' is not [x1, y1, x2, y2]")
+        """The coordinate-wise median box of the answers that are one (region captions, for example, are none)."""
+        boxes = [box for answer in answers if (box := exact_box(answer)) is not None]
         return "[" + ", ".join(f"{median(side):.4f}" for side in zip(*boxes, strict=True)) + "]"
 
 
 def exact_box(text: str) -> Box | None:
-    """Four comma-separated numbers and nothing else, in brackets or not; None otherwise."""
+    """Four comma-separated finite numbers and nothing else, in brackets or not; None otherwise."""
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):
         text = text[1:-1].strip()
     found = _BOX.fullmatch(text)
-    return tuple(map(float, found.groups())) if found else None
+    return finite(found.groups()) if found else None
 
 
 def legacy_box(text: str) -> Box | None:
@@ -88,9 +87,15 @@ def legacy_box(text: str) -> Box | None:
 def loose_box(text: str) -> Box | None:
     """The first four numbers in a row anywhere in the text, or four lone numbers in it; None otherwise."""
     if found := _LOOSE_BOX.search(text):
-        return tuple(map(float, found.groups()))
-    numbers = [float(number) for number in _LONE_NUMBER.findall(text)]
-    return tuple(numbers) if len(numbers) == 4 else None
+        return finite(found.groups())
+    numbers = _LONE_NUMBER.findall(text)
+    return finite(numbers) if len(numbers) == 4 else None
+
+
+def finite(numbers: Sequence[str]) -> Box | None:
+    """The four numbers, unless one is too large for a float."""
+    box = tuple(map(float, numbers))
+    return box if all(map(isfinite, box)) else None
 
 
 def in_pixels(box: Box, reference: Region) -> Box:

@@ -1,9 +1,13 @@
-"""Comparing words: the VQA benchmark's normaliser and consensus, and a forgiving comparison built on them."""
+"""Comparing words: what the evaluators of VQAv2, VizWiz and TextVQA share, TextVQA's rule, a forgiving comparison.
+
+TextVQA's evaluator puts the prediction and every reference into one normal form. VQAv2's and VizWiz's, which are in
+files of their own, do not always.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 ANNOTATORS = 10
@@ -12,7 +16,7 @@ _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 _NUMBERS = {word: str(digit) for digit, word in enumerate(_DIGITS)} | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# The benchmark restores one forgotten apostrophe; which words it knows is part of the metric.
+# The evaluators restore one forgotten apostrophe; which words it knows is part of the metric.
 _CONTRACTED = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
     he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've
@@ -23,31 +27,45 @@ _CONTRACTED = """
     where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
-_APOSTROPHES = {
+CONTRACTIONS = {
     word[:i] + word[i + 1 :]: word for word in _CONTRACTED.split() for i in range(len(word)) if word[i] == "'"
 } | {"somebody'd": "somebodyd"}  # the one entry the benchmark's table holds the wrong way round
 # The last of these stands in place of a flag, so that only so many full stops of an answer go.
 _MAX_FULL_STOPS = int(re.UNICODE)
 
 
-@lru_cache(maxsize=100_000)
-def normalise(text: str) -> str:
-    """The VQA / TextVQA evaluator's normal form: case, punctuation, number words, articles, contractions."""
-    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    text = text.replace("\n", " ").replace("\t", " ")
+def without_punctuation(text: str) -> str:
+    """The VQA evaluators' punctuation rule: a mark that stands beside a space anywhere in the text goes, for any other
+    there is a space; where a comma stands between digits all marks go. Full stops go unless a digit follows."""
+    numbers = re.search(r"\d,\d", text)
     cleaned = text
     for mark in _PUNCTUATION:
-        beside_space = f"{mark} " in text or f" {mark}" in text
-        cleaned = cleaned.replace(mark, "" if beside_space else " ")
-    cleaned = re.sub(r"\.(?!\d)", "", cleaned, count=_MAX_FULL_STOPS)
-    words = [_NUMBERS.get(word, word) for word in cleaned.split()]
-    return " ".join(_APOSTROPHES.get(word, word) for word in words if word not in _ARTICLES)
+        goes = numbers or f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if goes else " ")
+    return re.sub(r"\.(?!\d)", "", cleaned, count=_MAX_FULL_STOPS)
+
+
+def plain_words(text: str, contractions: Mapping[str, str]) -> str:
+    """The VQA evaluators' word rule: lower case, digits for number words, no articles, `contractions` restored."""
+    words = [_NUMBERS.get(word, word) for word in text.lower().split()]
+    return " ".join(contractions.get(word, word) for word in words if word not in _ARTICLES)
+
+
+@lru_cache(maxsize=100_000)
+def normalise(text: str) -> str:
+    """TextVQA's normal form: case, punctuation, number words, articles, contractions."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return plain_words(without_punctuation(text.replace("\n", " ").replace("\t", " ")), CONTRACTIONS)
+
+
+def agreement(agrees: Sequence[bool]) -> float:
+    """VQA accuracy: over the ten sets that leave one annotator out, the mean of min(1, agreeing / 3)."""
+    return sum(min(1.0, (sum(agrees) - own) / 3) for own in agrees) / len(agrees)
 
 
 def consensus(prediction: str, answers: Sequence[str]) -> float:
-    """VQA accuracy: over the ten sets that leave one annotator out, the mean of min(1, agreeing / 3)."""
-    agrees = [normalise(answer) == normalise(prediction) for answer in answers]
-    return sum(min(1.0, (sum(agrees) - own) / 3) for own in agrees) / len(agrees)
+    """TextVQA's accuracy: the agreement of normal forms."""
+    return agreement([normalise(answer) == normalise(prediction) for answer in answers])
 
 
 def same(prediction: str, reference: str) -> bool:
