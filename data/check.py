@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.benchmark import COIN, INSTRUCTION_SETS, Benchmark, TaskSpec, open_benchmark
+from data.benchmark import COIN, INSTRUCTION_SETS, Benchmark, open_benchmark
 from data.cache import cache_folder, replace_whole
 from data.records import SHOWN_PROBLEMS, DataError, Problem
 from eval.tasks import task_of
@@ -159,8 +159,9 @@ def check(benchmark: Benchmark, instructions: str, tasks: Sequence[str] = (), re
     prepared = open_records(list(sources), benchmark.image_root, reader and reader.vocabulary, thorough=True)
     for source, report in sources.items():
         _report(benchmark, report, prepared[source], reader)
-        if report.split == "test":
-            report.problems += _references(benchmark, instructions, benchmark.task(report.task))
+        if report.split == "test" and isinstance(prepared[source], Prepared):
+            faults = task_of(benchmark, report.task).check_questions(benchmark, instructions)
+            report.problems = sorted([*report.problems, *(Problem(*fault) for fault in faults)])
     return Report(benchmark, instructions, files, time.monotonic() - start)
 
 
@@ -178,20 +179,12 @@ def _report(benchmark: Benchmark, report: FileReport, found: Prepared | DataErro
         report.problems += silent
     elif silent:
         report.notes.append(f"{len(silent):,} records without an instruction; --grouping true refuses them")
-    report.problems.sort(key=lambda problem: problem.record)
+    report.problems.sort()
     if (distinct := len(columns.instructions)) > MANY_INSTRUCTIONS:
         report.notes.append(
             f"{distinct:,} different instructions in {report.records:,} records: they are compared pair by pair where "
             "tasks are grouped; is `instruction` in the benchmark's description right?"
         )
-
-
-def _references(benchmark: Benchmark, instructions: str, spec: TaskSpec) -> list[Problem]:
-    try:
-        task_of(benchmark, spec.name).load_references(benchmark, instructions)
-    except (ValueError, OSError) as error:
-        return [Problem(0, "annotations", str(error))]
-    return []
 
 
 def check_benchmark(
@@ -236,12 +229,7 @@ def _note(path: Path, report: Report, tasks: Sequence[str]) -> None:
         {key: value for key, value in {**vars(file), "file": str(file.file)}.items() if key != "problems"}
         for file in report.files
     ]
-    annotations = [
-        found
-        for name in tasks
-        for folder in benchmark.task(name).folders
-        for found in sorted((benchmark.image_root / folder).glob("*.json"))
-    ]
+    annotations = [found for name in tasks for found in task_of(benchmark, name).annotation_files(benchmark)]
     files = (benchmark.file, *(file.file for file in report.files), *annotations)
     seen = {str(found.resolve()): _fingerprint(found) for found in files}
     text = json.dumps({"tasks": list(tasks), "seen": seen, "files": rows}) + "\n"

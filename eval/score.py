@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from data.benchmark import INSTRUCTION_SETS, image_root, open_benchmark
+from data.records import Loaded, Problem, instruction_of, picture_fault, read_list, samples_of
 from eval.tasks import MODES, task_of
-from eval.tasks.base import SPLITS, field, read_json
-from llaca.grouping import instruction_of
+from eval.tasks.base import SPLITS, field
 
 IMAGE_TOKEN = "<image>"
 Turns = list[tuple[str, str]]  # (question, answer) of one record
@@ -171,32 +171,23 @@ class Majority:
     answers_left_out: int
 
 
-def training_turns(path: Path) -> list[Turns]:
-    """(question, answer) of every turn, record by record; ValueError naming file and record of a bad one."""
-    records = []
-    for position, record in enumerate(read_json(path, list)):
-        where = f"{path}, record {position}"
-        conversation = field(record, "conversations", list, where)
-        speakers = [field(turn, "from", str, where) for turn in conversation]
-        if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
-            raise ValueError(f"{where}: turns must alternate human, gpt; correct the record")
-        values = [field(turn, "value", str, where) for turn in conversation]
-        records.append(list(zip(values[::2], values[1::2], strict=True)))
-    return records
-
-
-def usable_turns(path: Path, images: Path) -> tuple[list[Turns], int]:
-    """The same of the records that an unchecked run trains on, and the number of the others."""
-    from llava.dataset import read_samples  # needs torch, which scoring a folder of answers does not
-
-    loaded = read_samples(path, images, look=False)
-    return [list(sample.turns) for sample in loaded.usable], len(loaded.problems)
+def training_turns(path: Path, images: Path, unchecked: bool) -> tuple[list[Turns], int]:
+    """(question, answer) of every turn, record by record, and how many records were left out: those that an `unchecked`
+    run does not train on either. Else DataError names what is wrong with which record."""
+    problems: list[Problem] = []
+    samples = list(samples_of(read_list(path), problems))
+    if not unchecked:
+        return [list(sample.turns) for sample in Loaded(samples, problems).whole(path)], 0
+    names = {sample.image for sample in samples if sample.image is not None}
+    gone = {name for name in names if picture_fault(images, name, look=False)}
+    usable = [list(sample.turns) for sample in samples if sample.image not in gone]
+    return usable, len(problems) + len(samples) - len(usable)
 
 
 def instruction_around(question: str, place: str) -> tuple[str, str]:
     """The instruction of a question as it stands (before, behind) what is asked; empty if it is all of the text.
 
-    `place` as in `llaca.grouping.instruction_of`.
+    `place` as in `data.records.instruction_of`.
     """
     if place == "first line":
         line, newline, asked = question.partition("\n")
@@ -253,11 +244,8 @@ def majority(
     that are no box are left out. `unchecked` leaves out records that cannot be used, else ValueError names the first.
     """
     task = task_of(data_root, task_name)
-    path, left_out = task.train_file(data_root, instructions), 0
-    if unchecked:
-        records, left_out = usable_turns(path, image_root(data_root))
-    else:
-        records = training_turns(path)
+    path = task.train_file(data_root, instructions)
+    records, left_out = training_turns(path, image_root(data_root), unchecked)
     asked, faults = task.read_questions(data_root, instructions, split)
     if faults and not unchecked:
         raise ValueError(f"{task.question_file(data_root, instructions, split)}, {faults[0].text}")

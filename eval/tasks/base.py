@@ -11,7 +11,6 @@ The gap between official and lenient is forgetting of the answer's form, not of 
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data import jsonfile
 from data.benchmark import Benchmark, TaskSpec, image_root, task_folder
 from eval.tasks.words import ANNOTATORS, consensus, forgiving, is_phrase, lenient_consensus, same
 
@@ -30,14 +30,9 @@ SPLITS = ("test", "dev")
 def read_json(path: Path, kind: type) -> Any:
     """Parse a JSON file whose top level must be a `kind` (list or dict).
 
-    Raises FileNotFoundError or ValueError naming the file. A byte-order mark is read over.
+    Raises FileNotFoundError or ValueError naming the file, as `data.jsonfile.read_json` does.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; is the data root right and the data complete?")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); the file is broken or cut short") from error
+    content = jsonfile.read_json(path)
     if not isinstance(content, kind) or not content:
         raise ValueError(f"{path}: expected a JSON {kind.__name__} with at least one entry")
     return content
