@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from eval.tasks.base import OpenQuestionTask
 from eval.tasks.words import CONTRACTIONS, agreement, plain_words, without_punctuation
@@ -28,6 +29,7 @@ def on_one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+@lru_cache(maxsize=100_000)
 def vqa_form(text: str) -> str:
     """The VQA API's normal form of a text on one line."""
     return plain_words(without_punctuation(text), CONTRACTIONS)
