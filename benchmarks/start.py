@@ -7,8 +7,8 @@
 
 A start is what happens before the first optimizer step: the check of train_continual.sh, then the reading of the
 training records of all eight tasks as llaca.train does, down to datasets that hand out batches. Measured in a process
-of its own, its libraries loaded: seconds, bytes of private memory that the data keep (RssAnon after less before), and at
-most had (peak of the whole process). The first start has an empty cache, the second finds what the first one left. The
+of its own, its libraries loaded: seconds, bytes of private memory that the data keep (RssAnon after less before), and
+the peak of the whole process. The first start has an empty cache, the second finds what the first one left. The
 base is checkpoints/tiny-llava, whose tokenizer is small: a text has more tokens with it than with Vicuna's.
 """
 

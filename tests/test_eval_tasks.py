@@ -337,5 +337,5 @@ def test_broken_files_are_named(tmp_path):
     path = tmp_path / "cl_dataset/TextVQA/TextVQA_0.5.1_val.json"
     write(path, {"data": []})
     path.write_text(path.read_text()[:-3])
-    with pytest.raises(ValueError, match=r"TextVQA_0\.5\.1_val\.json: not valid JSON"):
+    with pytest.raises(ValueError, match=r"TextVQA_0\.5\.1_val\.json: not JSON"):
         TASKS["TextVQA"].load_references(tmp_path)
