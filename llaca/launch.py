@@ -1,7 +1,7 @@
 """What train_continual.sh runs: says what is going to happen and how long it takes, checks the data, starts the runs.
 
-Without --method it trains LoRA and LLaCA. On a machine without GPU as many runs as there are cores go side by side, one
-process of one thread each; with GPUs one run after the other, a process a GPU.
+Without --method, and with a recipe that names none, it trains LoRA and LLaCA. On a machine without GPU as many runs as
+there are cores go side by side, one process of one thread each; with GPUs one run after the other, a process a GPU.
 """
 
 import os
@@ -16,7 +16,7 @@ import torch
 
 from data.check import check_benchmark
 from data.mini.build import build, is_built
-from llaca.config import Recipe, load_recipe
+from llaca.config import DEFAULT_RECIPE, Recipe, load_recipe, read_yaml
 from llaca.hostfile import USUAL, runner_options
 from llaca.methods import METHODS, method_of
 from llaca.stream import die_with_launcher
@@ -105,17 +105,25 @@ def runner_devices(processes: int, here: int) -> tuple[str, ...]:
 
 
 def commands(arguments: list[str]) -> list[tuple[Recipe, list[str]]]:
-    """One (recipe, command line of llaca.train) a method. With several methods, --run NAME gives NAME-<method>."""
+    """One (recipe, command line of llaca.train) a method: that of --method or of the recipe, else DEFAULT_METHODS.
+
+    With several methods, the name NAME of --run or of the recipe gives NAME-<method>.
+    """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method")
     parser.add_argument("--run")
+    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE)
     chosen, rest = parser.parse_known_args(arguments)
-    methods = [chosen.method] if chosen.method else list(DEFAULT_METHODS)
+    values = read_yaml(chosen.recipe)
+    rest = ["--recipe", str(chosen.recipe), *rest] if chosen.recipe != DEFAULT_RECIPE else rest
+    method = chosen.method or values.get("method")
+    methods = [method] if method else list(DEFAULT_METHODS)
+    name = chosen.run if len(methods) == 1 else chosen.run or values.get("run")
     built = []
     for method in methods:
         line = [*rest, "--method", method]
-        if chosen.run:
-            line += ["--run", chosen.run if len(methods) == 1 else f"{chosen.run}-{method}"]
+        if name:
+            line += ["--run", name if len(methods) == 1 else f"{name}-{method}"]
         recipe = load_recipe(line)
         method_of(recipe)  # raises now for what the run would refuse
         built.append((recipe, line))

@@ -151,7 +151,7 @@ def train_stage(
         load_adapter(student.model, stage.folder.parent / choice.start / "adapter")
     settings = recipe.for_stage(stage.tasks, ranks.count())
     checkpoint = latest(folder / "trainer")
-    stage_seed = 10_000 * recipe.run.seed + 100 * stage.index  # room for the number of an epoch
+    stage_seed = recipe.stage_seed(stage.index)
     seed_everything(stage_seed)
     if recipe.model.legacy_projector_reset and stage.index > 1:
         reset_projector(student.model)
