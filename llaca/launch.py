@@ -16,6 +16,7 @@ import torch
 
 from data.check import check_benchmark
 from data.mini.build import build, is_built
+from llaca import machine
 from llaca.config import DEFAULT_RECIPE, Recipe, load_recipe, read_yaml
 from llaca.hostfile import USUAL, runner_options
 from llaca.methods import METHODS, method_of
@@ -204,8 +205,7 @@ def main() -> None:
     try:
         runs = commands(arguments)
         launcher = choose_launcher(how.launcher, how.num_gpus, how.hostfile, runs[0][0].run.zero)
-        threads = int(os.environ.get("OMP_NUM_THREADS", 1))
-        side_by_side = max(1, min(len(runs), (os.cpu_count() or 1) // threads)) if launcher.name == "python" else 1
+        side_by_side = min(len(runs), machine.side_by_side()) if launcher.name == "python" else 1
         announce(runs, launcher, side_by_side)
         recipe = runs[0][0]
         prepare_data(recipe)
