@@ -6,7 +6,8 @@
 #                           [--launcher python|torchrun|deepspeed] [--num-gpus N] [--hostfile FILE]
 #                           [--zero 0|1|2|3|3-offload]
 #
-# One process on a machine without GPU, DDP (torchrun) on all GPUs otherwise, DeepSpeed with --zero.
+# One process on a machine without GPU, DDP (torchrun) on all GPUs otherwise, DeepSpeed with --zero. --hostfile: several
+# machines, a line HOST slots=N each (docs/ENGINES.md).
 # Typed again after an interruption it goes on with the first stage that is not done. Every field: --help
 source "$(dirname "$0")/scripts/env.sh"
 exec python -m llaca.launch "$@"

@@ -34,6 +34,7 @@ from eval.predict import BASE, Run, answer_share, arguments, chosen_runs, merge_
 from eval.score import TaskScore, majority_score, read_answers, score_task
 from eval.tables import Table, method_row, read_matrix, results_table, write_matrix, write_metrics
 from eval.tasks import MODES
+from llaca import machine
 
 ALONE = 4000  # questions that one process answers about as fast as two, which have to start first
 LINES = 10  # that a figure can tell apart
@@ -243,8 +244,7 @@ def answer(runs: list[Run], options: argparse.Namespace) -> None:
     questions = sum(len(run.questions[task]) for run, task in cells)
     if not cells:
         return
-    threads = int(os.environ.get("OMP_NUM_THREADS", 1))
-    processes = options.num_gpus or torch.cuda.device_count() or max(1, (os.cpu_count() or 1) // threads)
+    processes = options.num_gpus or torch.cuda.device_count() or machine.side_by_side()
     if questions < ALONE and options.num_gpus is None:
         processes = 1
     print(

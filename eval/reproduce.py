@@ -27,11 +27,11 @@ from eval.predict import Run, open_run
 from eval.report import answer, baseline, draw, score_run, write_table
 from eval.tables import ALL_METRICS, Row, method_row, results_table
 from eval.tasks import MODES
+from llaca import machine
 from llaca.config import CONFIGS, Recipe, load_recipe
 from llaca.launch import choose_launcher, prepare_data, run_all
 from llaca.methods import METHODS, method_of
-from llaca.stream import open_run as start_run
-from llaca.stream import run_folder, stages_of
+from llaca.stream import check_run, is_begun, run_folder, stages_of
 
 PAPER = Path(__file__).parent / "paper"
 MINI = CONFIGS / "coin_mini.yaml"
@@ -54,9 +54,10 @@ def command_lines(study: dict[str, Any], recipe: Path, seeds: Sequence[int], mor
 def is_done(recipe: Recipe) -> bool:
     """Whether the recipe's run has nothing left to train. Raises ValueError if its folder is that of another recipe."""
     folder, method = run_folder(recipe), METHODS[recipe.method.method]
-    if not (folder / "recipe.yaml").is_file():
+    if not (folder / "recipe.yaml").is_file() or not is_begun(folder):
         return False
-    stages = stages_of(recipe, method.joint, start_run(recipe))
+    check_run(recipe)
+    stages = stages_of(recipe, method.joint, folder)
     return not method.trains or all(stage.done for stage in stages)
 
 
@@ -104,8 +105,7 @@ def reproduce(name: str, options: argparse.Namespace, more: list[str]) -> str:
     flat = [line for own in lines.values() for line in own]
     waiting = [line for line, own in zip(flat, every, strict=True) if not is_done(own)]
     minutes, launcher = every[0].run.expected_minutes, choose_launcher(None, options.num_gpus, None, every[0].run.zero)
-    jobs = max(1, (os.cpu_count() or 1) // int(os.environ.get("OMP_NUM_THREADS", 1)))
-    side_by_side = jobs if launcher.name == "python" else 1
+    side_by_side = machine.side_by_side() if launcher.name == "python" else 1
     print(f"{study['title']}\n{len(flat)} runs, of which {len(flat) - len(waiting)} are done", end="")
     print(f": about {minutes * -(-len(waiting) // side_by_side):.0f} minutes" if minutes else "", flush=True)
     start = time.monotonic()

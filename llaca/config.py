@@ -3,17 +3,17 @@
 `--help` lists every field with its meaning and default; YAML files hold overrides only.
 """
 
-import re
 from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal
 
-import yaml
 from transformers import HfArgumentParser
 
 from data.benchmark import open_benchmark
+from llaca.fields import mapping, read_text, value_of
+from llaca.names import by_task, check_name, run_name
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 AVERAGE_FIELDS = ("average", "average_start", "fallback_beta", "beta", "constant", "horizon")
@@ -196,10 +196,10 @@ class RunConfig:
 
     run: str = field(
         default="",
-        metadata={"help": "name of the run; empty: made from method, order, instructions and seed"},
+        metadata={"help": "name of the run, one folder; empty: made from method, recipe, what differs, and seed"},
     )
     runs_dir: str = field(default="runs", metadata={"help": "folder of the run folders"})
-    seed: int = field(default=0, metadata={"help": "the run is a function of its recipe and this number"})
+    seed: int = field(default=0, metadata={"help": "the run is a function of its recipe and this number, from 0"})
     zero: Literal["none", "0", "1", "2", "3", "3-offload"] = field(
         default="none",
         metadata={"help": "DeepSpeed with scripts/zeroN.json as it is; none: one process, or DDP under torchrun"},
@@ -267,43 +267,64 @@ class Recipe:
             settings.gradient_accumulation = share // settings.batch_size
         return settings
 
+    def stage_seed(self, index: int) -> int:
+        """The seed of the stage with this index, from 1, with room for the number of an epoch."""
+        return 10_000 * self.run.seed + 100 * index
+
     def check(self) -> "Recipe":
-        """Itself. Raises ValueError naming the field whose value is not one of the known ones."""
-        for section in SECTIONS:
-            for f in fields(section):
-                value = self.flat()[f.name]
-                unset = value is None and f.default is None
-                if get_origin(f.type) is Literal and not unset and value not in get_args(f.type):
-                    raise ValueError(f"{f.name}: {value!r} is not known; choose one of {', '.join(get_args(f.type))}")
+        """Itself. Raises ValueError naming the field whose value cannot be followed."""
+        for name, value in self.flat().items():
+            value_of(FIELDS[name], value)
+        check_name(self.run.run)
         tasks = self.stream.tasks
         if not tasks or len(set(tasks)) != len(tasks):
             raise ValueError(f"tasks: {tasks} must be at least one, each once")
+        if self.stage_seed(len(tasks)) >= 2**32:
+            largest = (2**32 - 1 - 100 * len(tasks)) // 10_000
+            raise ValueError(f"seed: {self.run.seed} is too large; for {len(tasks)} tasks it may be {largest} at most")
         if self.model.quantization != "none" and self.run.zero != "none":
             raise ValueError("a quantized base is for one process or DDP: leave out --zero, or --quantization")
         if self.run.zero == "0" and self.model.dtype == "bfloat16":
             raise ValueError(
                 "--zero 0 in bfloat16 trains to other weights than DDP (docs/ENGINES.md): leave --zero out, or take 1"
             )
-        for task, own in self.train.per_task.items():
-            if unknown := set(own) - {f.name for f in fields(TrainConfig)}:
-                raise ValueError(f"per_task.{task}: '{unknown.pop()}' is no field of the training section")
         return self
 
 
-def read_yaml(path: Path) -> dict:
-    """One YAML recipe as {field: value}. Raises ValueError naming the file and the unknown field."""
+FIELDS = {f.name: f for section in SECTIONS for f in fields(section)}
+TRAIN_FIELDS = {f.name for f in fields(TrainConfig)} - {"per_task"}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One YAML recipe as {field: value}, with `methods` and, of a run's recipe.yaml, `inputs` where it has them.
+
+    Raises ValueError naming the file and the field that is unknown or whose value is of another type.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe; configs/ holds those that ship")
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    known = {f.name for section in SECTIONS for f in fields(section)} | {"methods"}
-    unknown = [key for key in content if key not in known]
-    for method, own in content.get("methods", {}).items():
+    content, where = read_text(path), f"{path}: "
+    methods = mapping("methods", content.pop("methods", {}), where)
+    inputs = mapping("inputs", content.pop("inputs", {}), where)
+    values = typed(content, path)
+    for method, own in methods.items():
         if not (CONFIGS / "methods" / f"{method}.yaml").is_file():
             raise ValueError(f"{path}: methods names '{method}', which is not known; see configs/methods/")
-        unknown += [key for key in own if key not in known]
-    if unknown:
+        methods[method] = typed(mapping(f"methods.{method}", own, where), path, f"methods.{method}.")
+    return values | ({"methods": methods} if methods else {}) | ({"inputs": inputs} if inputs else {})
+
+
+def typed(content: dict[str, Any], path: Path, within: str = "") -> dict[str, Any]:
+    """Values of fields as the fields' types. Raises ValueError naming `path`, the place `within` it and the field."""
+    if unknown := [key for key in content if key not in FIELDS]:
         raise ValueError(f"{path}: unknown field '{unknown[0]}'; `python -m llaca.train --help` lists the known ones")
-    return content
+    where = f"{path}: {within}"
+    values = {name: value_of(FIELDS[name], value, where) for name, value in content.items()}
+    for task, own in values.get("per_task", {}).items():
+        own = mapping(f"per_task.{task}", own, where)
+        if unknown := [key for key in own if key not in TRAIN_FIELDS]:
+            raise ValueError(f"{where}per_task.{task}: '{unknown[0]}' is no field of the training section")
+        values["per_task"][task] = typed(own, path, f"{within}per_task.{task}.")
+    return values
 
 
 def load_recipe(arguments: list[str]) -> Recipe:
@@ -311,8 +332,9 @@ def load_recipe(arguments: list[str]) -> Recipe:
 
     `--recipe FILE` (default: CoIN-mini), then the file of `--method` (or of the recipe's method) and what the recipe's
     `methods` block says of it, then, with `--smoke`, configs/smoke.yaml, then the other `--field value` pairs. A recipe
-    that names this very method, as a run's recipe.yaml does, stands above the method's file itself.
-    Raises ValueError for unknown fields or tasks.
+    that names this very method, as a run's recipe.yaml does, stands above the method's file itself; for another method
+    its method's settings do not count.
+    Raises ValueError for unknown fields or tasks, and for values that a field cannot have.
     """
     parser = HfArgumentParser(
         SECTIONS, allow_abbrev=False, description="Trains one run: a stream of tasks with one method."
@@ -326,19 +348,27 @@ def load_recipe(arguments: list[str]) -> Recipe:
     chooser.add_argument("--average")
     chosen, _ = chooser.parse_known_args(arguments)
     values = read_yaml(chosen.recipe)
+    label = "" if chosen.recipe.resolve() == DEFAULT_RECIPE.resolve() else chosen.recipe.stem
+    if "inputs" in values:  # a run's recipe.yaml
+        label = values.get("run", label)
     method = chosen.method or values.get("method", MethodConfig.method)
     own = CONFIGS / "methods" / f"{method}.yaml"
     if not own.is_file():
         known = ", ".join(sorted(p.stem for p in own.parent.glob("*.yaml")))
         raise ValueError(f"method '{method}' is not known; choose one of {known}")
+    spoken = {token.split("=")[0].lstrip("-").replace("-", "_") for token in arguments if token.startswith("--")}
+    if values.get("method", method) != method:
+        values = without_method(values, chosen.recipe, spoken)
     # What the recipe says of a method stands above the method's own file: only the recipe knows the model's size.
     tuned = values.pop("methods", {}).get(method, {})
+    values.pop("inputs", None)
     lower, upper = ({}, values) if values.get("method") == method else (values, {})
     values = {**lower, **read_yaml(own), **upper, **tuned, "method": method}
-    spoken = {token.split("=")[0].lstrip("-").replace("-", "_") for token in arguments if token.startswith("--")}
     if "per_task" in values:  # the command line speaks last
         tasks = values["per_task"].items()
         values["per_task"] = {task: {k: v for k, v in own.items() if k not in spoken} for task, own in tasks}
+    if "stream" in spoken and "tasks" not in spoken:
+        values.pop("tasks", None)
     if chosen.average:  # what the recipe sets for its own rule is not meant for another one
         values = {key: value for key, value in values.items() if key not in AVERAGE_FIELDS}
     if chosen.smoke:
@@ -348,21 +378,29 @@ def load_recipe(arguments: list[str]) -> Recipe:
     parser.set_defaults(**values)
     recipe = Recipe(*parser.parse_args_into_dataclasses(arguments)[: len(SECTIONS)])
     stream, chosen_tasks = recipe.stream, recipe.stream.tasks
-    stream.tasks = chosen_tasks or open_benchmark(stream.data_root).stream(stream.stream)
+    benchmark = open_benchmark(stream.data_root)
+    stream.tasks = chosen_tasks or benchmark.stream(stream.stream)
     if not recipe.run.run:
         parser.set_defaults(**values)
         usual = Recipe(*parser.parse_args_into_dataclasses([])[: len(SECTIONS)])
         if not chosen_tasks:  # the stream's name tells them
             usual.stream.tasks = stream.tasks
-        recipe.run.run = run_name(recipe, usual, chosen.smoke)
+        recipe.run.run = run_name(recipe, usual, label, chosen.smoke)
+    recipe.train.per_task = by_task(recipe.train.per_task, stream.tasks, benchmark, chosen.recipe)
     return recipe.check()
 
 
-def run_name(recipe: Recipe, usual: Recipe, smoke: bool) -> str:
-    """The method, what differs from what is `usual` for it in this recipe, and the seed."""
-    now, then, quiet = recipe.flat(), usual.flat(), {f.name for f in fields(RunConfig)} | {"method"}
-    changed = {key: now[key] for key in now if now[key] != then[key] and key not in quiet}
-    told = [str(changed.pop(key)) for key in ("order", "instructions") if key in changed]
-    told += [f"{key}-{value}" for key, value in changed.items()]
-    name = "-".join([recipe.method.method, *["smoke"] * smoke, *told, f"seed{recipe.run.seed}"])
-    return re.sub(r"[^\w.=-]+", "_", name)
+def without_method(values: dict[str, Any], path: Path, spoken: set[str]) -> dict[str, Any]:
+    """A recipe that names a method, for another one: without that method's settings and, of a run, without its name.
+
+    Raises ValueError for a run whose method sets training fields, too: what stood in their place is not known any more.
+    """
+    frozen, method = "inputs" in values, values["method"]
+    settings = {f.name for f in fields(MethodConfig)} | {"run"} if frozen else {*METHOD_FIELDS, "method"}
+    own = CONFIGS / "methods" / f"{method}.yaml"
+    if frozen and own.is_file() and (theirs := [k for k in read_yaml(own) if k in TRAIN_FIELDS and k not in spoken]):
+        raise ValueError(
+            f"{path} is of a run with the method {method}, which has a {theirs[0]} of its own: give --{theirs[0]} for "
+            "the other method, or the recipe that the run was started from"
+        )
+    return {key: value for key, value in values.items() if key not in settings}

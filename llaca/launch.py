@@ -1,7 +1,7 @@
 """What train_continual.sh runs: says what is going to happen and how long it takes, checks the data, starts the runs.
 
-Without --method it trains LoRA and LLaCA. On a machine without GPU as many runs as there are cores go side by side, one
-process of one thread each; with GPUs one run after the other, a process a GPU.
+Without --method, and with a recipe that names none, it trains LoRA and LLaCA. On a machine without GPU as many runs as
+there are cores go side by side, one process of one thread each; with GPUs one run after the other, a process a GPU.
 """
 
 import os
@@ -16,7 +16,9 @@ import torch
 
 from data.check import check_benchmark, reader_of
 from data.mini.build import build, is_built
-from llaca.config import Recipe, load_recipe
+from llaca import machine
+from llaca.config import DEFAULT_RECIPE, Recipe, load_recipe, read_yaml
+from llaca.hostfile import USUAL, runner_options
 from llaca.methods import METHODS, method_of
 from llaca.stream import die_with_launcher
 
@@ -26,11 +28,15 @@ DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
 class Launcher(NamedTuple):
-    """How the processes of a run are started: `name` python, torchrun or deepspeed."""
+    """How the processes of a run are started: `name` python, torchrun or deepspeed; `own`: that launcher's options.
+
+    processes: of a run, on all hosts together; hosts: host -> its processes, where a hostfile names them.
+    """
 
     name: str
     processes: int
-    hostfile: str | None
+    own: tuple[str, ...] = ()
+    hosts: dict[str, int] | None = None
 
     def line(self, arguments: list[str]) -> list[str]:
         """The command that trains one run."""
@@ -38,45 +44,87 @@ class Launcher(NamedTuple):
         if self.name == "python":
             return [sys.executable, "-m", *module]
         if self.name == "torchrun":
-            line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.processes)]
+            line = [sys.executable, "-m", "torch.distributed.run", *self.own]
             line += ["--shutdown-timeout", "600"]  # seconds for a checkpoint after a signal
             # Several nodes are told apart by the environment that SLURM or a person sets on each of them.
             nodes = ["--nnodes", os.environ.get("NNODES", "1"), "--node-rank", os.environ.get("NODE_RANK", "0")]
             nodes += ["--master-addr", os.environ["MASTER_ADDR"]] if "MASTER_ADDR" in os.environ else []
             nodes += ["--master-port", os.environ["MASTER_PORT"]] if "MASTER_PORT" in os.environ else []
             return [*line, *(nodes if "NNODES" in os.environ else ["--standalone"]), "-m", "--", *module]
-        where = ["--hostfile", self.hostfile] if self.hostfile else []
-        return [*DEEPSPEED, *where, "--num_gpus", str(self.processes), "--no_local_rank", "--module", *module]
+        return [*DEEPSPEED, *self.own, "--no_local_rank", "--module", *module]
 
 
 def choose_launcher(name: str | None, gpus: int | None, hostfile: str | None, zero: str) -> Launcher:
     """The launcher of --launcher, --num-gpus and --hostfile, for a recipe with this `zero`.
 
-    Raises ValueError for what does not fit together.
+    Raises ValueError or FileNotFoundError for what does not fit together.
     """
     here = torch.cuda.device_count()
+    if gpus is not None and gpus < 1:
+        raise ValueError(f"--num-gpus {gpus}: a run has at least one process")
     processes = gpus or max(1, here)
     if name is None:
-        name = "deepspeed" if hostfile else "torchrun" if here or processes > 1 or zero != "none" else "python"
-    if hostfile and name != "deepspeed":
+        name = (
+            "deepspeed" if hostfile is not None else "torchrun" if here or processes > 1 or zero != "none" else "python"
+        )
+    if hostfile is not None and name != "deepspeed":
         raise ValueError("--hostfile is read by --launcher deepspeed")
     if name == "python" and ((gpus or 1) > 1 or zero != "none"):
         raise ValueError("--launcher python is one process without DeepSpeed: take torchrun or deepspeed")
-    return Launcher(name, 1 if name == "python" else processes, hostfile)
+    if name == "python":
+        return Launcher(name, 1)
+    if name == "deepspeed" and (hostfile is not None or USUAL.is_file()):
+        hosts, own = runner_options(USUAL if hostfile is None else Path(hostfile), gpus)
+        return Launcher(name, sum(hosts.values()), tuple(own), hosts)
+    if 0 < here < processes:
+        raise ValueError(f"--num-gpus {gpus}: this machine shows {here} GPUs")
+    if name == "deepspeed":
+        return Launcher(name, processes, runner_devices(processes, here))
+    nodes = os.environ.get("NNODES", "1")
+    if not nodes.isdecimal() or int(nodes) < 1:
+        raise ValueError(f"NNODES is {nodes!r} in the environment; it must be the number of nodes")
+    return Launcher(name, processes * int(nodes), ("--nproc-per-node", str(processes)))
+
+
+def runner_devices(processes: int, here: int) -> tuple[str, ...]:
+    """What DeepSpeed's runner has to be told to start so many processes on this machine, which shows `here` GPUs.
+
+    Its --num_gpus takes the GPUs 0, 1, ... whatever CUDA_VISIBLE_DEVICES says; without it the runner follows
+    CUDA_VISIBLE_DEVICES, or takes all GPUs. Without a GPU it would count NUMA nodes.
+    Raises ValueError for a CUDA_VISIBLE_DEVICES that the runner cannot follow.
+    """
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not here or not shown:
+        return () if processes == here else ("--num_gpus", str(processes))
+    numbers = [number.strip() for number in shown.split(",")]
+    if len(numbers) != here or not all(number.isdecimal() for number in numbers):
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES is {shown!r}: DeepSpeed's launcher knows GPUs by their numbers alone, and each must "
+            "be there; take --launcher torchrun, or give the numbers"
+        )
+    return () if processes == here else ("--include", f"localhost:{','.join(numbers[:processes])}")
 
 
 def commands(arguments: list[str]) -> list[tuple[Recipe, list[str]]]:
-    """One (recipe, command line of llaca.train) a method. With several methods, --run NAME gives NAME-<method>."""
+    """One (recipe, command line of llaca.train) a method: that of --method or of the recipe, else DEFAULT_METHODS.
+
+    With several methods, the name NAME of --run or of the recipe gives NAME-<method>.
+    """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method")
     parser.add_argument("--run")
+    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE)
     chosen, rest = parser.parse_known_args(arguments)
-    methods = [chosen.method] if chosen.method else list(DEFAULT_METHODS)
+    values = read_yaml(chosen.recipe)
+    rest = ["--recipe", str(chosen.recipe), *rest] if chosen.recipe != DEFAULT_RECIPE else rest
+    method = chosen.method or values.get("method")
+    methods = [method] if method else list(DEFAULT_METHODS)
+    name = chosen.run if len(methods) == 1 else chosen.run or values.get("run")
     built = []
     for method in methods:
         line = [*rest, "--method", method]
-        if chosen.run:
-            line += ["--run", chosen.run if len(methods) == 1 else f"{chosen.run}-{method}"]
+        if name:
+            line += ["--run", name if len(methods) == 1 else f"{name}-{method}"]
         recipe = load_recipe(line)
         method_of(recipe)  # raises now for what the run would refuse
         built.append((recipe, line))
@@ -107,7 +155,8 @@ def announce(runs: list[tuple[Recipe, list[str]]], launcher: Launcher, side_by_s
         )
         print(f"    works with --zero {', '.join(METHODS[recipe.method.method].engines)} (none: one process or DDP)")
     if launcher.name != "python":
-        print(f"{launcher.processes} processes a run, started by {launcher.name}")
+        hosts = ", ".join(f"{count} on {host}" for host, count in (launcher.hosts or {}).items())
+        print(f"{launcher.processes} processes a run, started by {launcher.name}{f': {hosts}' if hosts else ''}")
     minutes = max(recipe.run.expected_minutes for recipe, _ in runs) * -(-len(runs) // side_by_side)
     if minutes:
         print(f"About {minutes:g} minutes of training on the machine that the recipe was written for.")
@@ -158,8 +207,7 @@ def main() -> None:
     try:
         runs = commands(arguments)
         launcher = choose_launcher(how.launcher, how.num_gpus, how.hostfile, runs[0][0].run.zero)
-        threads = int(os.environ.get("OMP_NUM_THREADS", 1))
-        side_by_side = max(1, min(len(runs), (os.cpu_count() or 1) // threads)) if launcher.name == "python" else 1
+        side_by_side = min(len(runs), machine.side_by_side()) if launcher.name == "python" else 1
         announce(runs, launcher, side_by_side)
         recipe = runs[0][0]
         prepare_data(recipe)

@@ -1,6 +1,6 @@
 """The stream: tasks in order, one stage each, every stage a folder that is done or is made again.
 
-runs/<name>/recipe.yaml, environment.json
+runs/<name>/recipe.yaml, environment.json      written when nothing can refuse the run any more
             stages/01-ScienceQA/   adapter/ (what is used from here on), plain/ (before the average took its
                                    place), stage.json (with the environment that it was trained in),
                                    codebook.json (the pool after this stage),
@@ -9,29 +9,31 @@ runs/<name>/recipe.yaml, environment.json
 
 import ctypes
 import fcntl
-import hashlib
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
 import yaml
 
 from data.benchmark import train_file
+from data.checksums import checksum
+from llaca import machine
 from llaca.config import Recipe
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "pillow")
+BASE_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
+NO_MATTER = ("runs_dir", "report_to", "loader_workers", "expected_minutes", "save_steps", "beta_trace")  # to the result
 
 
 @dataclass(frozen=True)
@@ -92,43 +94,111 @@ def run_folder(recipe: Recipe) -> Path:
     return Path(recipe.run.runs_dir) / recipe.run.run
 
 
-def open_run(recipe: Recipe) -> Path:
-    """The run's folder, with the recipe and the inputs' checksums frozen in it.
+def check_run(recipe: Recipe) -> None:
+    """Raises ValueError, showing the difference, if the run was started with another recipe, base model or data.
 
-    Raises ValueError, showing the difference, if it was started with another recipe, base model or data.
+    A folder in which nothing was trained yet, not even up to a checkpoint, may be started with another recipe.
     """
     folder = run_folder(recipe)
-    frozen = folder / "recipe.yaml"
-    now = {**recipe.flat(), "inputs": checksums(recipe)}
-    # change nothing in the result
-    where = ("runs_dir", "report_to", "loader_workers", "expected_minutes", "save_steps", "beta_trace")
-    if frozen.is_file():
-        before = yaml.safe_load(frozen.read_text(encoding="utf-8"))
-        changed = {k for k in {**before, **now} if before.get(k) != now.get(k) and k not in where}
-        if changed:
-            lines = [f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in sorted(changed)]
-            raise ValueError(
-                f"{frozen} was started with another recipe:\n"
-                + "\n".join(lines)
-                + f"\nGive this run another name with --run, or delete {folder}."
-            )
+    if not (folder / "recipe.yaml").is_file() or not is_begun(folder):
+        return
+    before, now = frozen(folder), recipe.flat()
+    inputs = before.pop("inputs", {})
+    what, remedy = "another recipe", f"Give this run another name with --run, or delete {folder}."
+    lines = [
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted({**before, **now})
+        if before.get(key) != now.get(key) and key not in NO_MATTER
+    ]
+    if not lines:
+        what, remedy = (
+            "other files",
+            f"Put those files back, give this run another name with --run, or delete {folder}.",
+        )
+        lines = changed_inputs(recipe, inputs)
+    if lines:
+        told = "".join(f"  {line}\n" for line in lines)
+        raise ValueError(f"{folder / 'recipe.yaml'} was started with {what}:\n{told}{remedy}")
+
+
+def changed_inputs(recipe: Recipe, before: dict[str, str]) -> list[str]:
+    """What differs between the checksums `before`, by name, and the run's files now: a line for each."""
+    files, lines = input_files(recipe), []
+    # A run of before tokenizer and configuration were recorded has weights and training files alone.
+    for name in sorted({*before, *files} if "config.json" in before else before):
+        file = files.get(name, Path(recipe.model.base) / name)
+        what = f"the training records of {name}" if name in recipe.stream.tasks else "of the base"
+        if name not in files:
+            lines.append(f"{file} ({what}) is not there any more")
+        elif name not in before:
+            lines.append(f"{file} ({what}) was not there")
+        elif before[name] != checksum(file):
+            lines.append(f"{file} ({what}) has changed since")
+    return lines
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a run's folder holds a stage, a checkpoint inside one, or answers."""
+    whole = any(path.is_dir() and path.suffix != ".partial" for path in folder.glob("stages/*"))
+    return whole or any(folder.glob("stages/*.partial/**/COMPLETE")) or any(folder.glob("answers*/*"))
+
+
+def frozen(folder: Path) -> dict:
+    """The recipe.yaml of a run."""
+    try:
+        return yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{folder / 'recipe.yaml'}: not YAML ({error}); put it back, or delete {folder}") from None
+
+
+def open_run(recipe: Recipe) -> Path:
+    """The run's folder, with the recipe and the inputs' checksums frozen in it. Raises as `check_run` does.
+
+    Call it when nothing can refuse the run any more.
+    """
+    check_run(recipe)
+    folder = run_folder(recipe)
+    begun = is_begun(folder)
+    if begun and (folder / "recipe.yaml").is_file():
         return folder
+    if not begun:  # another recipe may have left them
+        for name in ("stages", "tensorboard"):
+            shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    now = {**recipe.flat(), "inputs": {name: checksum(path) for name, path in input_files(recipe).items()}}
     write_atomically(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
-    write_atomically(frozen, yaml.safe_dump(now, sort_keys=False))
+    write_atomically(folder / "recipe.yaml", yaml.safe_dump(now, sort_keys=False))
     return folder
 
 
-def checksums(recipe: Recipe) -> dict[str, str]:
-    """What the run is made from: SHA-256 of the base's weights (beyond 1 GB: their size) and of the training files."""
-    stream, sums = recipe.stream, {}
-    for path in sorted(Path(recipe.model.base).glob("*.safetensors")):
-        big = path.stat().st_size > 1 << 30
-        sums[path.name] = f"{path.stat().st_size} bytes" if big else hashlib.sha256(path.read_bytes()).hexdigest()
-    for task in stream.tasks:
-        content = train_file(stream.data_root, stream.instructions, task).read_bytes()
-        sums[task] = hashlib.sha256(content).hexdigest()
-    return sums
+@contextmanager
+def reserved(recipe: Recipe) -> Iterator[Callable[[], Path]]:
+    """Holds the run's folder, if it is there, and gives what freezes the recipe: `open_run`, in a folder that is held.
+
+    Nothing is made or written before that is called. Raises as `check_run` and `only_one` do.
+    """
+    folder = run_folder(recipe)
+    there = folder.is_dir()
+    with ExitStack() as held:
+        if there:
+            held.enter_context(only_one(folder))
+        check_run(recipe)
+
+        def freeze() -> Path:
+            if not there:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(only_one(folder))
+            return open_run(recipe)
+
+        yield freeze
+
+
+def input_files(recipe: Recipe) -> dict[str, Path]:
+    """What a run is made from: the base's weights, configuration and tokenizer by file name, and every task's training
+    file by the task's name."""
+    stream, base = recipe.stream, Path(recipe.model.base)
+    files = {path.name: path for path in sorted(base.glob("*")) if path.suffix in BASE_FILES and path.is_file()}
+    return files | {task: train_file(stream.data_root, stream.instructions, task) for task in stream.tasks}
 
 
 @contextmanager
@@ -159,19 +229,30 @@ def die_with_launcher() -> None:
 
 @cache
 def environment() -> dict:
-    """Where the numbers of a run come from: command, commit, versions, machine, time; as this process began."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        git = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-        commit = git.stdout.strip() or "not a git checkout"
-    except FileNotFoundError:
-        commit = "unknown: git is not installed"
+    """Where the numbers of a run come from: command, commit, versions, machines, time; as this process began.
+
+    Every rank has to make the first call.
+    """
     return {
         "command": sys.argv,
-        "commit": commit,
+        "commit": commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "machine": f"{platform.machine()}, {machine.cores()} of {os.cpu_count()} CPU cores",
         "threads": os.environ.get("OMP_NUM_THREADS", "unset"),
-        **{package: version(package) for package in PACKAGES},
+        **machine.processes(),
+        **machine.gpu_software(),
+        **machine.versions(),
     }
+
+
+def commit() -> str:
+    """The commit of this code, with -dirty where files differ from it."""
+    root = Path(__file__).parents[1]
+    around = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}  # not the commit of a project around this one
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        git = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=around)
+    except FileNotFoundError:
+        return "unknown: git is not installed"
+    return git.stdout.strip() or f"unknown: {git.stderr.strip().partition(chr(10))[0]}"

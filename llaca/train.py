@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from data.benchmark import image_root, open_benchmark, train_file
+from data.checksums import checksum
 from data.records import DataError
 from llaca import ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
@@ -33,9 +35,9 @@ from llaca.stream import (
     check_order,
     die_with_launcher,
     environment,
-    only_one,
-    open_run,
+    frozen,
     ordered,
+    reserved,
     run_folder,
     stages_of,
     write_atomically,
@@ -200,7 +202,7 @@ def train_stage(
         load_adapter(student.model, stage.folder.parent / choice.start / "adapter")
     settings = recipe.for_stage(stage.tasks, ranks.count())
     checkpoint = latest(folder / "trainer")
-    stage_seed = 10_000 * recipe.run.seed + 100 * stage.index  # room for the number of an epoch
+    stage_seed = recipe.stage_seed(stage.index)
     seed_everything(stage_seed)
     if recipe.model.legacy_projector_reset and stage.index > 1:
         reset_projector(student.model)
@@ -316,19 +318,16 @@ def run(recipe: Recipe) -> Path:
     """
     method = method_of(recipe)
     ranks.start(recipe.run.zero)
-    records = load_stream(recipe)
-    if ranks.first():
-        open_run(recipe)
-    ranks.wait()
-    folder = open_run(recipe)
-    if not method.trains:
-        return folder
-    with only_one(folder) if ranks.first() else nullcontext():
+    environment()  # of all ranks
+    records, folder = load_stream(recipe), run_folder(recipe)
+    with reserved(recipe) if ranks.first() else nullcontext(lambda: folder) as freeze:
         ranks.wait()
+        if not method.trains:
+            return freeze()
         stages = stages_of(recipe, method.joint, folder)
         check_order(stages)
         if not all(stage.done for stage in stages):
-            train_stages(recipe, stages, records, method)
+            train_stages(recipe, stages, records, method, freeze)
     return folder
 
 
@@ -338,8 +337,10 @@ def stage_wordings(recipe: Recipe, stages: list[Stage], records: dict[str, TaskR
     return {stage.name: sorted({text for task in stage.tasks for text in own[task]}) for stage in stages}
 
 
-def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, TaskRecords], method: Method) -> None:
-    """Walks the stream, past the stages that are done."""
+def train_stages(
+    recipe: Recipe, stages: list[Stage], records: dict[str, TaskRecords], method: Method, freeze: Callable[[], Path]
+) -> None:
+    """Walks the stream, past the stages that are done. Calls `freeze` when nothing can refuse the run any more."""
     instructions = stage_wordings(recipe, stages, records)
     student = load_student(recipe, records, method)
     features = student.features
@@ -351,6 +352,8 @@ def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, TaskRec
     pool = Pool(recipe.method.grouping, codebook, recipe.method.new_group_start, method.oracle)
     settings = {stage.name: recipe.for_stage(stage.tasks, ranks.count()) for stage in stages}
     total = sum(settings[stage.name].steps(len(datasets[stage.task]), ranks.count()) for stage in stages)
+    freeze()
+    ranks.wait()
     line = int(os.environ.get("LLACA_BAR", 0))  # of the terminal, where several runs share it
     with tqdm(total=total, desc=recipe.run.run, unit="step", position=line, disable=not ranks.first()) as bar:
         for stage in stages:
@@ -396,8 +399,24 @@ def complete_stage(
     report |= {"dropped_records": dropped, "environment": around}
     pool.put(choice, instructions, stage.task, stage.name)
     if ranks.first():
-        finish(stage, partial, report, pool)
+        finish(stage, partial, report | what_ran(recipe, stage), pool)
     ranks.wait()
+
+
+def what_ran(recipe: Recipe, stage: Stage) -> dict:
+    """How the stage's records were shared, and the checksums of the files that it was trained from."""
+    settings, inputs = recipe.for_stage(stage.tasks, ranks.count()), frozen(run_folder(recipe))["inputs"]
+    benchmark = open_benchmark(recipe.stream.data_root).file
+    return {
+        "processes": ranks.count(),
+        "micro_batch": settings.batch_size,
+        "accumulation": settings.gradient_accumulation,
+        "global_batch": settings.batch_size * settings.gradient_accumulation * ranks.count(),
+        "inputs": {
+            name: told for name, told in inputs.items() if name not in recipe.stream.tasks or name in stage.tasks
+        }
+        | {benchmark.name: checksum(benchmark)},
+    }
 
 
 def finish(stage: Stage, partial: Path, report: dict, pool: Pool) -> None:

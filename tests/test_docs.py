@@ -105,4 +105,4 @@ def test_a_study_trains_evaluates_and_sets_the_papers_numbers_beside_ours(argume
     main([*again, "--seeds", "0", "1", "--max-train-samples", "8", "--eval-batch-size", "3"])
     assert not launched and "2 runs, of which 2 are done" in capsys.readouterr().out and sizes == [3]
     with pytest.raises(SystemExit, match="started with another recipe"):
-        main([*again, "--max-train-samples", "8", "--learning_rate", "5", "--run", "lora-max_train_samples-8-seed0"])
+        main([*again, "--max-train-samples=8", "--learning_rate=5", "--run=lora-recipe-max_train_samples-8-seed0"])

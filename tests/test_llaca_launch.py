@@ -70,11 +70,11 @@ def test_the_launcher_stops_on_a_broken_test_record_with_one_message(arguments, 
         ((None, None, None, "none"), ("python", 1)),
         ((None, None, None, "2"), ("torchrun", 1)),
         ((None, 4, None, "none"), ("torchrun", 4)),
-        ((None, None, "hosts", "2"), ("deepspeed", 1)),
         (("deepspeed", 2, None, "3"), ("deepspeed", 2)),
     ],
 )
 def test_launcher_by_default_and_by_name(how, expected):
+    """tests/test_llaca_hostfile.py has those with a hostfile."""
     chosen = choose_launcher(*how)
     assert (chosen.name, chosen.processes) == expected
     line = chosen.line(["--run", "r"])

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -239,6 +240,10 @@ def test_two_processes_under_zero_2_killed_and_started_again(arguments, tmp_path
     assert adapters(tmp_path / "runs" / "killed") == adapters(tmp_path / "runs" / "whole")
     story = json.loads((tmp_path / "runs/killed/stages/03-GQA/stage.json").read_text())
     assert story["engine"] == "DeepSpeed ZeRO 2" and story["averaged"]
+    assert [story[key] for key in ("processes", "micro_batch", "accumulation", "global_batch")] == [2, 4, 1, 8]
+    told = story["environment"]
+    assert (told["launcher"], told["processes"], told["hosts"]) == ("torchrun", 2, {socket.gethostname(): 2})
+    assert list(told["devices"].values()) == [2]
 
 
 WATCH = """
@@ -365,7 +370,9 @@ def test_a_run_refuses_another_recipe_other_data_and_a_second_process(arguments,
     good = path.read_text()
     try:
         path.write_text(good + " ")
-        with pytest.raises(ValueError, match=r"inputs: .* there"):
+        with pytest.raises(
+            ValueError, match=r"TextVQA/train.json \(the training records of TextVQA\) has changed since"
+        ):
             run(load_recipe(line))
     finally:
         path.write_text(good)
