@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from joblib import cpu_count
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from data.cache import cache_folder, make_once, replace_whole
@@ -145,7 +147,7 @@ def prepare(sources: Sequence[Source], vocabulary: Vocabulary | None) -> dict[So
         except OSError as error:
             found[source] = DataError(source.path, [f"cannot be read ({error.strerror}); check the path in the recipe"])
             continue
-        if not file.is_file():
+        if not _is_whole(file, KINDS[source.kind]):
             waiting.setdefault(file, source)
     if waiting:
         alone = sum(source.path.stat().st_size for source in waiting.values()) <= ALONE
@@ -153,7 +155,7 @@ def prepare(sources: Sequence[Source], vocabulary: Vocabulary | None) -> dict[So
         if alone:
             faults = [_make_here(*job) for job in jobs]
         else:
-            with ThreadPoolExecutor(cores()) as pool:
+            with ThreadPoolExecutor(cpu_count()) as pool:
                 faults = list(pool.map(lambda job: _make_elsewhere(*job), jobs))
         found |= {
             source: DataError(source.path, problems)
@@ -166,9 +168,16 @@ def prepare(sources: Sequence[Source], vocabulary: Vocabulary | None) -> dict[So
     return {source: found[source] for source in sources}
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _is_whole(file: Path, kind: type[Columns]) -> bool:
+    """Whether a column file is there; one that cannot be read is removed, to be made again."""
+    try:
+        load(file, kind)
+    except FileNotFoundError:
+        return False
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        file.unlink()
+        return False
+    return True
 
 
 def _make_here(source: Source, vocabulary: Vocabulary | None, file: Path) -> list[str]:
@@ -245,8 +254,8 @@ def _faults(root: Path, names: list[str], note: "_Note") -> dict[str, tuple[str,
     if len(names) <= LOOKED_AT:
         results = _look_at(root, names)
     else:
-        shares = [names[first :: cores()] for first in range(cores())]
-        with ThreadPoolExecutor(cores()) as pool:
+        shares = [names[first :: cpu_count()] for first in range(cpu_count())]
+        with ThreadPoolExecutor(cpu_count()) as pool:
             jobs = [{"root": str(root), "pictures": share} for share in shares]
             results = [row for rows in pool.map(lambda job: _worker(job, str(root)), jobs) for row in rows]
     found = {}

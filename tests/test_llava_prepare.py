@@ -1,0 +1,233 @@
+"""What is kept between starts is what would be made anew, is made once, and is never believed when it is stale."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import cache
+from data.cache import make_once
+from data.records import DataError, load_samples
+from llava import prepare as prepare_module
+from llava.conversation import Vocabulary, encode, encode_prompt, repeated
+from llava.dataset import InstructionDataset
+from llava.features import cache_features, stored_features
+from llava.prepare import Source, columns_file, open_records, prepare
+from llava.tokens import Texts
+
+LINES = ["Answer with a word.", "Name it", "Give the box: ear"]
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """An empty cache."""
+    monkeypatch.setenv("LLACA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A training and a test file with pictures, several turns, other scripts, and one broken record each."""
+    rng, root = random.Random(0), tmp_path / "data"
+    root.mkdir()
+    for number in range(4):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(root / f"{number}.png")
+    records, questions = [], []
+    for number in range(90):
+        shown, text = number % 3, f"Is it {rng.choice(['red', 'größer', '猫', '1.5'])} {rng.randint(0, 9)}?"
+        first = f"{text}\n{rng.choice(LINES)}"
+        values = [f"<image>\n{first}" if shown else first, rng.choice(["yes", "no dog", "[0.1, 0.2]"])]
+        values += [rng.choice(["And this?", "Why?"]), "B."] * rng.randint(0, 2)
+        speech = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+        picture = {"image": f"{number % 4}.png"} if shown else {}
+        records.append({"id": f"r{number}", "conversations": speech, **picture})
+        questions.append({"question_id": number if number % 2 else f"q{number}", "text": first, **picture})
+    records[5]["conversations"].pop()
+    questions[7]["text"] = " "
+    for name, content in (("train", records), ("test", questions)):
+        (root / f"{name}.json").write_text(json.dumps(content))
+    return root, Source(root / "train.json", "train", "last line"), Source(root / "test.json", "test", "last line")
+
+
+def test_columns_hold_what_encoding_each_record_gives(own, files, tiny):
+    root, train, test = files
+    tokenizer = tiny[1].tokenizer
+    vocabulary = Vocabulary.of(tokenizer)
+    found = prepare([train, test], vocabulary)
+    columns = found[train]
+    assert columns.told["records"] == 90 and [p.record for p in columns.problems] == [5]
+    content = json.loads(train.path.read_text())
+    content.pop(5)
+    (root / "whole.json").write_text(json.dumps(content))
+    samples = load_samples(root / "whole.json", root)
+    assert len(samples) == len(columns) == 89
+    rows = np.arange(len(columns))
+    dataset = InstructionDataset(columns, tiny[1], 36, 512, lambda path: torch.zeros(2), "x", root, rows)
+    for index, sample in enumerate(samples):
+        expected, item = encode(tokenizer, sample.turns, 36, 512), dataset[index]
+        assert item["input_ids"].tolist() == expected.input_ids and item["labels"].tolist() == expected.labels
+        assert dataset.picture(index) == sample.image and dataset.length(index) == len(expected.input_ids)
+    assert dataset.modality_lengths == [s.words if s.image else -s.words for s in samples]
+    assert columns.wordings(rows) == sorted({"Answer with a word", "Name it", "Give the box: ear"})
+    questions = found[test]
+    asked = [q for q in json.loads(test.path.read_text()) if q["text"].strip()]
+    assert [questions.question_id(row) for row in range(len(questions))] == [q["question_id"] for q in asked]
+    for row, question in enumerate(asked):
+        begin, end = questions.span(row)
+        text = f"<image>\n{question['text']}" if "image" in question else question["text"]
+        ids = repeated(questions.ids[begin:end].tolist(), vocabulary.image, 36)
+        assert ids == encode_prompt(tokenizer, text, 36) and questions.asked[row] == question["text"]
+
+
+def test_processes_of_their_own_make_the_same_bytes(own, files, tiny, monkeypatch):
+    root, *sources = files
+    vocabulary = Vocabulary.of(tiny[1].tokenizer)
+    prepare(sources, vocabulary)
+    here = {source: columns_file(source, vocabulary).read_bytes() for source in sources}
+    monkeypatch.setattr(prepare_module, "ALONE", 0)
+    monkeypatch.setattr(prepare_module, "LOOKED_AT", 0)
+    monkeypatch.setenv("LLACA_CACHE", str(own / "other"))
+    broken = Source(root / "broken.json", "train", "last line")
+    broken.path.write_text("[{]")
+    (root / "3.png").write_bytes(b"no picture")
+    found = open_records([*sources, broken], root, vocabulary)
+    assert {source: columns_file(source, vocabulary).read_bytes() for source in sources} == here
+    assert isinstance(found[broken], DataError) and "not JSON" in str(found[broken])
+    for source in sources:
+        assert found[source].faults.keys() == {"3.png"}
+        assert {p.kind for p in found[source].problems} == {"schema", "unreadable image"}
+
+
+def test_a_second_start_reads_no_record_and_no_picture(own, files, tiny, monkeypatch):
+    root, *sources = files
+    vocabulary = Vocabulary.of(tiny[1].tokenizer)
+    first = open_records(sources, root, vocabulary)
+
+    def never(*_):
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(prepare_module, "read_list", never)
+    monkeypatch.setattr(prepare_module, "_look_at", never)
+    again = open_records(sources, root, vocabulary)
+    for source in sources:
+        assert again[source].problems == first[source].problems and len(again[source].problems) == 1
+
+
+def test_what_changes_is_made_again(own, files, tiny, original):
+    _, train, _ = files
+    vocabulary, other = Vocabulary.of(tiny[1].tokenizer), Vocabulary.of(original.processor.tokenizer)
+    ids = prepare([train], vocabulary)[train].ids.tolist()
+    assert prepare([train], other)[train].ids.tolist() != ids, "another tokenizer"
+    assert prepare([Source(train.path, "train", "first line")], vocabulary)
+    assert len(list((own / "records").glob("*.safetensors"))) == 3
+    records = json.loads(train.path.read_text())
+    train.path.write_text(json.dumps(records[:10]))
+    assert len(prepare([train], vocabulary)[train]) == 9
+    file = columns_file(train, vocabulary)
+    file.write_bytes(file.read_bytes()[:100])
+    assert len(prepare([train], vocabulary)[train]) == 9, "a file that was cut short"
+
+
+def test_a_picture_that_was_missing_is_used_when_it_is_there(own, files, tiny):
+    root, train, _ = files
+    vocabulary = Vocabulary.of(tiny[1].tokenizer)
+    (root / "2.png").rename(root / "kept.png")
+    found = open_records([train], root, vocabulary)[train]
+    assert {p.kind for p in found.problems} == {"schema", "missing image"} and len(found.rows) < 89
+    with pytest.raises(DataError, match=r"2\.png does not exist"):
+        found.usable(unchecked=False)
+    (root / "kept.png").rename(root / "2.png")
+    assert len(open_records([train], root, vocabulary)[train].rows) == 89
+
+
+def test_a_cache_that_cannot_be_written_to_is_named_with_the_remedy(own, files, tiny, monkeypatch):
+    root, *sources = files
+    (root / "file").write_text("")
+    monkeypatch.setenv("LLACA_CACHE", str(root / "file"))
+    with pytest.raises(OSError, match=r"cannot be written to .*set LLACA_CACHE to a folder that can"):
+        prepare(sources, Vocabulary.of(tiny[1].tokenizer))
+
+
+def test_a_column_of_texts():
+    texts = ["", "a", "größer\n", "", "猫"]
+    column = Texts.of(texts)
+    assert list(column) == texts and len(column) == 5 and list(Texts.of([])) == []
+
+
+def test_features_on_the_disk_are_those_computed(own, files, tiny):
+    root, *_ = files
+    model, processor = tiny
+    paths = [root / f"{number}.png" for number in range(4)]
+    fresh = cache_features(model, processor.image_processor, paths)
+    stored = stored_features(model, processor.image_processor, [paths[:3], paths[2:], []])
+    assert all(torch.equal(stored(path), fresh(path)) for path in paths)
+    made = {path: path.stat().st_mtime_ns for path in (own / "features").glob("*.safetensors")}
+    assert len(made) == 2
+    stored_features(model, processor.image_processor, [paths[:3]])
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    Image.new("RGB", (8, 8), "blue").save(paths[0])
+    changed = stored_features(model, processor.image_processor, [paths[:3]])
+    assert not torch.equal(changed(paths[0]), fresh(paths[0])) and torch.equal(changed(paths[1]), fresh(paths[1]))
+
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from data.cache import make_once
+
+def make(file, partial):
+    time.sleep(0.4)
+    partial.write_text(str(os.getpid()))
+    print(file.name, flush=True)
+
+make_once([Path(name) for name in sys.argv[1:]], make)
+"""
+
+
+def test_processes_share_what_is_to_be_made(own, tmp_path):
+    names = [str(own / f"{letter}.txt") for letter in "abcdef"]
+    line = [sys.executable, "-c", WORKER, *names]
+    around = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    several = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=around) for _ in range(3)]
+    made = [process.communicate(timeout=60)[0].split() for process in several]
+    assert sorted(name for own_names in made for name in own_names) == [f"{letter}.txt" for letter in "abcdef"]
+    assert all(process.returncode == 0 for process in several) and max(map(len, made)) < 6
+
+
+def test_the_right_of_a_killed_process_is_free_again(own):
+    file = own / "a.txt"
+    line = [sys.executable, "-c", WORKER.replace("0.4", "60"), str(file)]
+    process = subprocess.Popen(line, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    deadline = time.monotonic() + 30
+    while not (own / "a.txt.lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    make_once([file], lambda _, partial: partial.write_text("made"))
+    assert file.read_text() == "made"
+
+
+def test_a_file_system_without_locks_is_no_hindrance(own, monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(cache.FileLock, "acquire", refuse)
+    make_once([own / "a.txt"], lambda _, partial: partial.write_text("made"))
+    assert (own / "a.txt").read_text() == "made"
+
+
+def test_what_fails_leaves_nothing(own):
+    def fail(_, partial):
+        partial.write_text("half")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        make_once([own / "a.txt"], fail)
+    assert not (own / "a.txt").exists() and not list(own.glob("*.partial"))
