@@ -186,12 +186,20 @@ class Checkpoints(TrainerCallback):
     def _state_file(self, checkpoint: Path, rank: int) -> Path:
         return checkpoint / f"method-{rank if self.tap.layout.sharded else 0}.pt"
 
+    def _loss_file(self, checkpoint: Path, rank: int) -> Path:
+        return checkpoint / f"loss-{rank}.json"
+
     def on_train_begin(self, args, state, control, **kwargs):
         if self.checkpoint is not None:
             path = self._state_file(self.checkpoint, args.process_index)
             self.tap.method.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
             told = json.loads((self.checkpoint / "COMPLETE").read_text(encoding="utf-8"))
             self._before = told["seconds"]
+            # Since the last line of the log, which the Trainer's own checkpoint leaves out.
+            loss = json.loads(self._loss_file(self.checkpoint, args.process_index).read_text(encoding="utf-8"))
+            self.tap.trainer._tr_loss += loss["sum"]
+            self.tap.trainer._globalstep_last_logged = loss["from"]
+            state.compute_steps(args, state.max_steps)  # this command's --save_steps, not that of the one before
         self._started = time.monotonic()
 
     def on_save(self, args, state, control, **kwargs):
@@ -201,6 +209,8 @@ class Checkpoints(TrainerCallback):
             raise FloatingPointError(f"{checkpoint}: not finite, and not completed: {broken}")
         if self.tap.layout.sharded or ranks.first():
             torch.save(self.tap.method.state_dict(), self._state_file(checkpoint, args.process_index))
+        loss = {"sum": self.tap.trainer._tr_loss.item(), "from": self.tap.trainer._globalstep_last_logged}
+        self._loss_file(checkpoint, args.process_index).write_text(json.dumps(loss), encoding="utf-8")
         ranks.wait()
         if ranks.first():
             told = {"step": state.global_step, "processes": args.world_size, "seconds": self.seconds}
