@@ -6,6 +6,7 @@ one folder without COMPLETE, which is never read.
 """
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -221,37 +222,77 @@ class Checkpoints(TrainerCallback):
                     shutil.rmtree(path)
 
 
+class Vote:
+    """The largest of the ranks' numbers, under way while they go on; `result` is the same on all."""
+
+    def __init__(self, number: int, device: torch.device):
+        self._flag = torch.zeros((), dtype=torch.int32, device=device).fill_(number)  # fill_: no copy from the host
+        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
+        if self._flag.is_cuda:
+            self._work.wait()  # orders the streams, and does not hold up the host
+            self._host = torch.empty((), dtype=torch.int32, pin_memory=True)
+            self._host.copy_(self._flag, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def result(self) -> int:
+        if self._flag.is_cuda:
+            self._there.synchronize()
+            return int(self._host)
+        self._work.wait()
+        return int(self._flag)
+
+
 class StopOnSignal(TrainerCallback):
-    """SIGTERM or SIGINT end training after the current step, with a checkpoint; several processes agree first, at the
-    next line of the log."""
+    """SIGTERM or SIGINT end training with a checkpoint; more of them change nothing, except that the third one kills a
+    process that nobody launched.
+
+    Several processes stop after the same step, whoever got the signal: each tells the others after every step, and
+    listens after the next one, when the answer has long been there. So neither host nor device waits, and training
+    ends one step later than in one process. Before training begins and after it ends a signal ends the process at once
+    (`leave_at_once`).
+    """
 
     def __init__(self):
-        self.signal = self.agreed = 0
+        self.signal = self.agreed = self._count = 0
+        self._vote: Vote | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        ranks.wait()  # those that are not here yet end at once, and would be waited for
+        self._alone = args.world_size == 1 and "LLACA_LAUNCHER" not in os.environ
         self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _note(self, number, frame):
-        self.signal = number
+        self.signal = self.signal or number
+        self._count += 1
+        if self._alone and self._count == 1:  # print() may be what was interrupted
+            os.write(2, f"\n{signal.Signals(number).name}: saves after this step and ends; the third kills\n".encode())
+        if self._alone and self._count == 3:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def on_step_end(self, args, state, control, **kwargs):
-        due = state.global_step % args.logging_steps == 0 or state.global_step == state.max_steps
-        if args.world_size > 1 and due:
-            flag = torch.tensor([self.signal], device=args.device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            self.agreed = int(flag)
-        elif args.world_size == 1:
+        if args.world_size == 1:
             self.agreed = self.signal
+        else:
+            self.agreed = self._vote.result() if self._vote else 0
+            self._vote = Vote(self.signal, args.device)
+            if state.global_step >= state.max_steps:
+                self.agreed = self.agreed or self._vote.result()
         if self.agreed:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
+        # What came while the last checkpoint was written.
+        late = Vote(self.signal, args.device).result() if args.world_size > 1 else self.signal
+        self.agreed = self.agreed or late
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
     def leave_if_stopped(self, where: Path) -> None:
-        """Ends the process if a signal asked for it."""
+        """Ends the process, when all are here, if a signal asked for it."""
         if self.agreed:
+            ranks.wait()  # launchers end the others when one ends
             if ranks.first():
                 print(f"{where}: stopped by a signal and saved; the same command goes on", file=sys.stderr)
             sys.exit(128 + self.agreed)

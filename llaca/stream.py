@@ -157,6 +157,15 @@ def die_with_launcher() -> None:
             sys.exit(f"the launcher (process {launcher}) is gone")
 
 
+def leave_at_once() -> None:
+    """Lets SIGTERM and SIGINT end the process where it is, whatever library code it is in: 128 + signal in a shell.
+
+    Nothing is lost by that: what is not whole has no COMPLETE or DONE, and is made again.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @cache
 def environment() -> dict:
     """Where the numbers of a run come from: command, commit, versions, machine, time; as this process began."""

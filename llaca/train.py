@@ -33,6 +33,7 @@ from llaca.stream import (
     check_order,
     die_with_launcher,
     environment,
+    leave_at_once,
     only_one,
     open_run,
     run_folder,
@@ -376,6 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "--list-methods" in arguments:
         print(json.dumps(list(METHODS)))
         return
+    leave_at_once()
     die_with_launcher()
     try:
         recipe = load_recipe(arguments)
