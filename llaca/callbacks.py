@@ -21,8 +21,12 @@ from transformers import TrainerCallback
 
 from llaca import ranks
 from llaca.engine import coming_gradients, layout_of, show_model, zero_stage
+from llaca.folders import sync_tree, write_durably
+from llaca.stream import write_atomically
 from llava.model import trainable_parameters
 from llava.trainer import LlavaTrainer
+
+COMPLETE = "COMPLETE"
 
 
 class Tap(TrainerCallback):
@@ -142,31 +146,50 @@ class Tap(TrainerCallback):
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`, None without one; incomplete ones are removed.
 
-    Raises ValueError if it was written by another number of processes.
+    Raises ValueError if it was written by another number of processes, or has lost something since.
     """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    complete = [path for path in found if (path / "COMPLETE").is_file()]
+    complete = [path for path in found if (path / COMPLETE).is_file()]
+    ranks.wait()
     if ranks.first():
         for path in set(found) - set(complete[-1:]):
-            shutil.rmtree(path)
+            discard(path)
     ranks.wait()
     if not complete:
         return None
-    told = json.loads((complete[-1] / "COMPLETE").read_text(encoding="utf-8"))
+    told = json.loads((complete[-1] / COMPLETE).read_text(encoding="utf-8"))
     if told["processes"] != ranks.count():
         raise ValueError(
             f"{complete[-1]} was written by {told['processes']} processes, here are {ranks.count()}: go on with as "
             f"many, or delete {folder} to train the stage anew"
         )
+    sizes = files_of(complete[-1])
+    if broken := [name for name, size in told["files"].items() if sizes.get(name) != size]:
+        raise ValueError(
+            f"{complete[-1] / broken[0]} has {sizes.get(broken[0], 'no')} bytes and was written with "
+            f"{told['files'][broken[0]]}: copy it again, or delete {complete[-1]} to train the stage anew"
+        )
     return complete[-1]
 
 
+def files_of(checkpoint: Path) -> dict[str, int]:
+    """The bytes of every file of a checkpoint, by its path in it, but for COMPLETE itself."""
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != COMPLETE)
+    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+
+
+def discard(checkpoint: Path) -> None:
+    """Removes a checkpoint; half removed it is not complete."""
+    (checkpoint / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
 def truncate_log(path: Path, step: int) -> None:
-    """Drops what was logged after `step`: it will be logged again."""
+    """Drops what was logged after `step`, and the summary of a training that ended: they will be logged again."""
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        told = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+        write_atomically(path, "".join(line for line, log in told if log["step"] <= step and "loss" in log))
 
 
 class Checkpoints(TrainerCallback):
@@ -194,7 +217,7 @@ class Checkpoints(TrainerCallback):
         if self.checkpoint is not None:
             path = self._state_file(self.checkpoint, args.process_index)
             self.tap.method.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-            told = json.loads((self.checkpoint / "COMPLETE").read_text(encoding="utf-8"))
+            told = json.loads((self.checkpoint / COMPLETE).read_text(encoding="utf-8"))
             self._before = told["seconds"]
             # Since the last line of the log, which the Trainer's own checkpoint leaves out.
             loss = json.loads(self._loss_file(self.checkpoint, args.process_index).read_text(encoding="utf-8"))
@@ -213,13 +236,14 @@ class Checkpoints(TrainerCallback):
         loss = {"sum": self.tap.trainer._tr_loss.item(), "from": self.tap.trainer._globalstep_last_logged}
         self._loss_file(checkpoint, args.process_index).write_text(json.dumps(loss), encoding="utf-8")
         ranks.wait()
+        sync_tree(checkpoint)  # on every host
+        ranks.wait()
         if ranks.first():
             told = {"step": state.global_step, "processes": args.world_size, "seconds": self.seconds}
-            (checkpoint / "partial").write_text(json.dumps(told), encoding="utf-8")
-            (checkpoint / "partial").rename(checkpoint / "COMPLETE")
+            write_durably(checkpoint / COMPLETE, json.dumps({**told, "files": files_of(checkpoint)}))
             for path in self.folder.glob("checkpoint-*"):
                 if path != checkpoint:
-                    shutil.rmtree(path)
+                    discard(path)
 
 
 class Vote:

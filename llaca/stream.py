@@ -8,6 +8,7 @@ runs/<name>/recipe.yaml, environment.json
 """
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -27,10 +28,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
 from data.benchmark import train_file
 from llaca.config import Recipe
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # some network file systems
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "pillow")
 
 
@@ -133,7 +136,10 @@ def checksums(recipe: Recipe) -> dict[str, str]:
 
 @contextmanager
 def only_one(folder: Path, seconds: float = 10.0) -> Iterator[None]:
-    """Holds the run folder for this process. Raises BlockingIOError if another one keeps it for `seconds`."""
+    """Holds the run folder for this process. Raises BlockingIOError if another one keeps it for `seconds`.
+
+    Where the file system has no locks, as some network file systems have none, it says so and goes on.
+    """
     with (folder / ".lock").open("w") as lock:
         deadline = time.monotonic() + seconds
         while True:
@@ -144,6 +150,11 @@ def only_one(folder: Path, seconds: float = 10.0) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise BlockingIOError(f"{folder}: another process trains this run; wait for it or end it") from None
                 time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                tqdm.write(f"{folder}: its file system has no locks ({error.strerror}); train this run by one command")
+                break
         yield
 
 
