@@ -6,6 +6,7 @@ one folder without COMPLETE, which is never read.
 """
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -20,8 +21,12 @@ from transformers import TrainerCallback
 
 from llaca import ranks
 from llaca.engine import coming_gradients, layout_of, show_model, zero_stage
+from llaca.folders import sync_tree, write_durably
+from llaca.stream import write_atomically
 from llava.model import trainable_parameters
 from llava.trainer import LlavaTrainer
+
+COMPLETE = "COMPLETE"
 
 
 class Tap(TrainerCallback):
@@ -141,31 +146,50 @@ class Tap(TrainerCallback):
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`, None without one; incomplete ones are removed.
 
-    Raises ValueError if it was written by another number of processes.
+    Raises ValueError if it was written by another number of processes, or has lost something since.
     """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    complete = [path for path in found if (path / "COMPLETE").is_file()]
+    complete = [path for path in found if (path / COMPLETE).is_file()]
+    ranks.wait()
     if ranks.first():
         for path in set(found) - set(complete[-1:]):
-            shutil.rmtree(path)
+            discard(path)
     ranks.wait()
     if not complete:
         return None
-    told = json.loads((complete[-1] / "COMPLETE").read_text(encoding="utf-8"))
+    told = json.loads((complete[-1] / COMPLETE).read_text(encoding="utf-8"))
     if told["processes"] != ranks.count():
         raise ValueError(
             f"{complete[-1]} was written by {told['processes']} processes, here are {ranks.count()}: go on with as "
             f"many, or delete {folder} to train the stage anew"
         )
+    sizes = files_of(complete[-1])
+    if broken := [name for name, size in told["files"].items() if sizes.get(name) != size]:
+        raise ValueError(
+            f"{complete[-1] / broken[0]} has {sizes.get(broken[0], 'no')} bytes and was written with "
+            f"{told['files'][broken[0]]}: copy it again, or delete {complete[-1]} to train the stage anew"
+        )
     return complete[-1]
 
 
+def files_of(checkpoint: Path) -> dict[str, int]:
+    """The bytes of every file of a checkpoint, by its path in it, but for COMPLETE itself."""
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != COMPLETE)
+    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+
+
+def discard(checkpoint: Path) -> None:
+    """Removes a checkpoint; half removed it is not complete."""
+    (checkpoint / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
 def truncate_log(path: Path, step: int) -> None:
-    """Drops what was logged after `step`: it will be logged again."""
+    """Drops what was logged after `step`, and the summary of a training that ended: they will be logged again."""
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        told = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+        write_atomically(path, "".join(line for line, log in told if log["step"] <= step and "loss" in log))
 
 
 class Checkpoints(TrainerCallback):
@@ -186,12 +210,20 @@ class Checkpoints(TrainerCallback):
     def _state_file(self, checkpoint: Path, rank: int) -> Path:
         return checkpoint / f"method-{rank if self.tap.layout.sharded else 0}.pt"
 
+    def _loss_file(self, checkpoint: Path, rank: int) -> Path:
+        return checkpoint / f"loss-{rank}.json"
+
     def on_train_begin(self, args, state, control, **kwargs):
         if self.checkpoint is not None:
             path = self._state_file(self.checkpoint, args.process_index)
             self.tap.method.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-            told = json.loads((self.checkpoint / "COMPLETE").read_text(encoding="utf-8"))
+            told = json.loads((self.checkpoint / COMPLETE).read_text(encoding="utf-8"))
             self._before = told["seconds"]
+            # Since the last line of the log, which the Trainer's own checkpoint leaves out.
+            loss = json.loads(self._loss_file(self.checkpoint, args.process_index).read_text(encoding="utf-8"))
+            self.tap.trainer._tr_loss += loss["sum"]
+            self.tap.trainer._globalstep_last_logged = loss["from"]
+            state.compute_steps(args, state.max_steps)  # this command's --save_steps, not that of the one before
         self._started = time.monotonic()
 
     def on_save(self, args, state, control, **kwargs):
@@ -201,47 +233,90 @@ class Checkpoints(TrainerCallback):
             raise FloatingPointError(f"{checkpoint}: not finite, and not completed: {broken}")
         if self.tap.layout.sharded or ranks.first():
             torch.save(self.tap.method.state_dict(), self._state_file(checkpoint, args.process_index))
+        loss = {"sum": self.tap.trainer._tr_loss.item(), "from": self.tap.trainer._globalstep_last_logged}
+        self._loss_file(checkpoint, args.process_index).write_text(json.dumps(loss), encoding="utf-8")
+        ranks.wait()
+        sync_tree(checkpoint)  # on every host
         ranks.wait()
         if ranks.first():
             told = {"step": state.global_step, "processes": args.world_size, "seconds": self.seconds}
-            (checkpoint / "partial").write_text(json.dumps(told), encoding="utf-8")
-            (checkpoint / "partial").rename(checkpoint / "COMPLETE")
+            write_durably(checkpoint / COMPLETE, json.dumps({**told, "files": files_of(checkpoint)}))
             for path in self.folder.glob("checkpoint-*"):
                 if path != checkpoint:
-                    shutil.rmtree(path)
+                    discard(path)
+
+
+class Vote:
+    """The largest of the ranks' numbers, under way while they go on; `result` is the same on all."""
+
+    def __init__(self, number: int, device: torch.device):
+        self._flag = torch.zeros((), dtype=torch.int32, device=device).fill_(number)  # fill_: no copy from the host
+        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
+        if self._flag.is_cuda:
+            self._work.wait()  # orders the streams, and does not hold up the host
+            self._host = torch.empty((), dtype=torch.int32, pin_memory=True)
+            self._host.copy_(self._flag, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def result(self) -> int:
+        if self._flag.is_cuda:
+            self._there.synchronize()
+            return int(self._host)
+        self._work.wait()
+        return int(self._flag)
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM or SIGINT end training after the current step, with a checkpoint; several processes agree first, at the
-    next line of the log."""
+    """SIGTERM or SIGINT end training with a checkpoint; more of them change nothing, except that the third one kills a
+    process that nobody launched.
+
+    Several processes stop after the same step, whoever got the signal: each tells the others after every step, and
+    listens after the next one, when the answer has long been there. So neither host nor device waits, and training
+    ends one step later than in one process. Before training begins and after it ends a signal ends the process at once
+    (`leave_at_once`).
+    """
 
     def __init__(self):
-        self.signal = self.agreed = 0
+        self.signal = self.agreed = self._count = 0
+        self._vote: Vote | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        ranks.wait()  # those that are not here yet end at once, and would be waited for
+        self._alone = args.world_size == 1 and "LLACA_LAUNCHER" not in os.environ
         self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _note(self, number, frame):
-        self.signal = number
+        self.signal = self.signal or number
+        self._count += 1
+        if self._alone and self._count == 1:  # print() may be what was interrupted
+            os.write(2, f"\n{signal.Signals(number).name}: saves after this step and ends; the third kills\n".encode())
+        if self._alone and self._count == 3:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def on_step_end(self, args, state, control, **kwargs):
-        due = state.global_step % args.logging_steps == 0 or state.global_step == state.max_steps
-        if args.world_size > 1 and due:
-            flag = torch.tensor([self.signal], device=args.device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            self.agreed = int(flag)
-        elif args.world_size == 1:
+        if args.world_size == 1:
             self.agreed = self.signal
+        else:
+            self.agreed = self._vote.result() if self._vote else 0
+            self._vote = Vote(self.signal, args.device)
+            if state.global_step >= state.max_steps:
+                self.agreed = self.agreed or self._vote.result()
         if self.agreed:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
+        # What came while the last checkpoint was written.
+        late = Vote(self.signal, args.device).result() if args.world_size > 1 else self.signal
+        self.agreed = self.agreed or late
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
     def leave_if_stopped(self, where: Path) -> None:
-        """Ends the process if a signal asked for it."""
+        """Ends the process, when all are here, if a signal asked for it."""
         if self.agreed:
+            ranks.wait()  # launchers end the others when one ends
             if ranks.first():
                 print(f"{where}: stopped by a signal and saved; the same command goes on", file=sys.stderr)
             sys.exit(128 + self.agreed)

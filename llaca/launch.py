@@ -5,7 +5,6 @@ there are cores go side by side, one process of one thread each; with GPUs one r
 """
 
 import os
-import signal
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -20,7 +19,8 @@ from llaca import machine
 from llaca.config import DEFAULT_RECIPE, Recipe, load_recipe, read_yaml
 from llaca.hostfile import USUAL, runner_options
 from llaca.methods import METHODS, method_of
-from llaca.stream import die_with_launcher
+from llaca.processes import run_all
+from llaca.stream import leave_at_once
 
 DEFAULT_METHODS = ("lora", "llaca")
 MINI = Path("data/coin_mini")
@@ -163,39 +163,10 @@ def announce(runs: list[tuple[Recipe, list[str]]], launcher: Launcher, side_by_s
     sys.stdout.flush()
 
 
-def run_all(lines: list[list[str]], side_by_side: int) -> int:
-    """Runs the commands, at most `side_by_side` at once; returns the first exit status that is not 0.
-
-    A signal ends the children too. When one run fails, those that are under way finish and no other starts.
-    """
-    waiting, active, status = list(lines), {}, 0
-
-    def stop(signum, _):
-        for child in active.values():
-            child.terminate()
-        for child in active.values():
-            child.wait()
-        sys.exit(128 + signum)
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, stop)
-    os.environ["LLACA_LAUNCHER"] = str(os.getpid())
-    while active or (waiting and not status):
-        for line in sorted(set(range(side_by_side)) - set(active)):
-            if waiting and not status:
-                environment = {**os.environ, "LLACA_BAR": str(line)}
-                active[line] = subprocess.Popen(waiting.pop(0), env=environment, preexec_fn=die_with_launcher)
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
-        for line, child in list(active.items()):
-            if child.poll() is not None:
-                status = status or child.returncode
-                del active[line]
-    return status
-
-
 def main() -> None:
     """Command line: that of llaca.train, where --method may be left out, with --launcher, --num-gpus and --hostfile. A
     smoke run is evaluated, too."""
+    leave_at_once()
     arguments = sys.argv[1:]
     if {"-h", "--help", "--list-methods"} & set(arguments):
         sys.exit(subprocess.call([sys.executable, "-m", "llaca.train", *arguments]))
@@ -218,8 +189,8 @@ def main() -> None:
     status = run_all([launcher.line(line) for _, line in runs], side_by_side)
     if not status and "--smoke" in arguments:
         names = [recipe.run.run for recipe, _ in runs]
-        report = ["-m", "eval.report", "--runs-dir", recipe.run.runs_dir, "--run", *names]
-        status = subprocess.call([sys.executable, *report, "--out", f"{recipe.run.runs_dir}/tables/smoke"])
+        report = [sys.executable, "-m", "eval.report", "--runs-dir", recipe.run.runs_dir, "--run", *names]
+        status = run_all([[*report, "--out", f"{recipe.run.runs_dir}/tables/smoke"]], 1)
     sys.exit(status)
 
 

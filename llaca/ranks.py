@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+# Some platforms set these for a single process, too; accelerate would look for others.
+PRESET = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
 
 def start(zero: str = "none", patience: timedelta = timedelta(minutes=30)) -> None:
     """Joins the other processes, if any; `patience` is how long one waits for another.
@@ -16,9 +19,12 @@ def start(zero: str = "none", patience: timedelta = timedelta(minutes=30)) -> No
     Raises ValueError if DeepSpeed is asked for and nobody launched it.
     """
     if zero != "none":
-        if "RANK" not in os.environ:
+        if not os.environ.keys() >= {"RANK", "MASTER_ADDR", "MASTER_PORT"}:
             raise ValueError("DeepSpeed needs a launcher: bash train_continual.sh --launcher torchrun or deepspeed")
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    elif int(os.environ.get("WORLD_SIZE", 1)) == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        for name in PRESET:
+            os.environ.pop(name, None)
     cpu = not torch.cuda.is_available()
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -61,6 +67,15 @@ def agreed(value: Any, what: str) -> Any:
 def wait() -> None:
     """Waits until every process is here."""
     PartialState().wait_for_everyone()
+
+
+def same(value):
+    """The first process's value, on every one: what it has just written another host may not see at once."""
+    if count() == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
 def add_up(tensors: Sequence[torch.Tensor]) -> None:

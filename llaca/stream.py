@@ -8,6 +8,7 @@ runs/<name>/recipe.yaml, environment.json      written when nothing can refuse t
 """
 
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -26,6 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
 from data.benchmark import train_file
 from data.checksums import checksum
@@ -34,6 +36,7 @@ from llaca.config import Recipe
 
 BASE_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
 NO_MATTER = ("runs_dir", "report_to", "loader_workers", "expected_minutes", "save_steps", "beta_trace")  # to the result
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # some network file systems
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,10 @@ def input_files(recipe: Recipe) -> dict[str, Path]:
 
 @contextmanager
 def only_one(folder: Path, seconds: float = 10.0) -> Iterator[None]:
-    """Holds the run folder for this process. Raises BlockingIOError if another one keeps it for `seconds`."""
+    """Holds the run folder for this process. Raises BlockingIOError if another one keeps it for `seconds`.
+
+    Where the file system has no locks, as some network file systems have none, it says so and goes on.
+    """
     with (folder / ".lock").open("w") as lock:
         deadline = time.monotonic() + seconds
         while True:
@@ -214,6 +220,11 @@ def only_one(folder: Path, seconds: float = 10.0) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise BlockingIOError(f"{folder}: another process trains this run; wait for it or end it") from None
                 time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                tqdm.write(f"{folder}: its file system has no locks ({error.strerror}); train this run by one command")
+                break
         yield
 
 
@@ -225,6 +236,15 @@ def die_with_launcher() -> None:
         alone = "RANK" not in os.environ  # else torchrun or DeepSpeed stand in between
         if alone and os.getppid() != int(launcher):  # it was killed before the line above
             sys.exit(f"the launcher (process {launcher}) is gone")
+
+
+def leave_at_once() -> None:
+    """Lets SIGTERM and SIGINT end the process where it is, whatever library code it is in: 128 + signal in a shell.
+
+    Nothing is lost by that: what is not whole has no COMPLETE or DONE, and is made again.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @cache

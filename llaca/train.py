@@ -9,7 +9,6 @@ import gc
 import json
 import os
 import random
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,6 +25,18 @@ from data.checksums import checksum
 from data.records import DataError
 from llaca import ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
+from llaca.folders import (
+    MEMORY,
+    TRAINER,
+    begin,
+    checksums,
+    handed_on,
+    load_start,
+    origin_of,
+    partial_of,
+    seal,
+    tidy,
+)
 from llaca.grouping import THRESHOLDS, Codebook
 from llaca.methods import METHODS, method_of
 from llaca.methods.base import Method, StageView
@@ -36,6 +47,7 @@ from llaca.stream import (
     die_with_launcher,
     environment,
     frozen,
+    leave_at_once,
     ordered,
     reserved,
     run_folder,
@@ -48,7 +60,6 @@ from llava.features import FeatureCache, stored_features, use_features
 from llava.model import (
     adapter_state,
     image_tokens,
-    load_adapter,
     load_base,
     open_processor,
     reset_projector,
@@ -58,7 +69,6 @@ from llava.model import (
 from llava.prepare import Prepared, Source, faults_of, open_records
 
 ZERO = Path(__file__).parents[1] / "scripts"
-MEMORY = "method.pt"  # what a method hands on beside the weights
 
 
 @dataclass
@@ -199,9 +209,9 @@ def train_stage(
     if choice.start is None:
         set_adapter_state(student.model, student.fresh)
     else:
-        load_adapter(student.model, stage.folder.parent / choice.start / "adapter")
+        load_start(student.model, stage.folder.parent / choice.start)
     settings = recipe.for_stage(stage.tasks, ranks.count())
-    checkpoint = latest(folder / "trainer")
+    checkpoint = latest(folder / TRAINER)
     stage_seed = recipe.stage_seed(stage.index)
     seed_everything(stage_seed)
     if recipe.model.legacy_projector_reset and stage.index > 1:
@@ -224,7 +234,7 @@ def train_stage(
     )
     tap = Tap(method, choice.matched, steps, start, recipe.method.seen_gradient)
     tap.attach(trainer)
-    checkpoints, stop = Checkpoints(tap, folder / "trainer", checkpoint), StopOnSignal()
+    checkpoints, stop = Checkpoints(tap, folder / TRAINER, checkpoint), StopOnSignal()
     trainer.add_callback(checkpoints)
     trainer.add_callback(stop)
     if ranks.first():
@@ -262,18 +272,6 @@ def train_stage(
     }
 
 
-def handed_on(method: Method, stage: Path) -> dict:
-    """The method's memory of an earlier stage. Raises FileNotFoundError if the stage's folder has lost it."""
-    if not method.hands_on:
-        return {}
-    if not (stage / MEMORY).is_file():
-        raise FileNotFoundError(
-            f"{stage / MEMORY} is not there: what {method.config.method} has to know of earlier tasks. Copy it to the "
-            f"run, or remove {stage}/DONE, and DONE of every stage after it, and train them again"
-        )
-    return torch.load(stage / MEMORY, map_location="cpu", weights_only=True)
-
-
 def trainer_arguments(recipe: Recipe, settings: TrainConfig, stage: Stage, seed: int, folder: Path):
     """The recipe in transformers' words; where TensorBoard and W&B write is said by the environment."""
     from llava.trainer import training_arguments
@@ -285,7 +283,7 @@ def trainer_arguments(recipe: Recipe, settings: TrainConfig, stage: Stage, seed:
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_PROJECT", "llaca")
     return training_arguments(
-        folder / "trainer",
+        folder / TRAINER,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         num_train_epochs=settings.epochs,
@@ -326,6 +324,9 @@ def run(recipe: Recipe) -> Path:
             return freeze()
         stages = stages_of(recipe, method.joint, folder)
         check_order(stages)
+        for stage in stages if ranks.first() else ():
+            if stage.done:
+                tidy(stage)
         if not all(stage.done for stage in stages):
             train_stages(recipe, stages, records, method, freeze)
     return folder
@@ -361,10 +362,23 @@ def train_stages(
                 pool = Pool.from_json((stage.folder / "codebook.json").read_text(encoding="utf-8"))
                 bar.update(json.loads((stage.folder / "stage.json").read_text(encoding="utf-8"))["steps"])
                 continue
+            choice = pool.choose(instructions[stage.name])
+            if ranks.first():
+                begin(run_folder(recipe), stage, origin_of(stage, choice, method, datasets))
+            if ranks.same(stage.done):  # it was whole and lacked its name
+                pool.put(choice, instructions[stage.name], stage.task, stage.name)
+                bar.update(settings[stage.name].steps(len(datasets[stage.task]), ranks.count()))
+                continue
             if student is None:
                 student = load_student(recipe, records, method, features)
+            around = environment()
             dropped = sum(records[task].dropped for task in stage.tasks) + len(datasets[stage.task].dropped)
-            complete_stage(recipe, stage, datasets, instructions[stage.name], dropped, student, method, pool, bar)
+            report = train_stage(recipe, stage, datasets, student, method, choice, bar, partial_of(stage))
+            pool.put(choice, instructions[stage.name], stage.task, stage.name)
+            if ranks.first():
+                told = {"dropped_records": dropped, "environment": around, **what_ran(recipe, stage)}
+                finish(stage, report | told, pool)
+            ranks.wait()
             if recipe.run.zero != "none":
                 # DeepSpeed has sharded, cast and hooked this model. The next stage takes a new one, loaded whole, and
                 # a GPU may not have room for both.
@@ -373,34 +387,6 @@ def train_stages(
                 unset_hf_deepspeed_config()
                 gc.collect()
                 torch.cuda.empty_cache()
-
-
-def complete_stage(
-    recipe: Recipe,
-    stage: Stage,
-    datasets: dict[str, InstructionDataset],
-    instructions: list[str],
-    dropped: int,
-    student: Student,
-    method: Method,
-    pool: Pool,
-    bar: tqdm,
-) -> None:
-    """Trains one stage in a folder of its own and gives it its name, with DONE in it, when it is whole."""
-    choice, around = pool.choose(instructions), environment()
-    partial = stage.folder.with_name(stage.folder.name + ".partial")
-    if ranks.first():
-        shutil.rmtree(stage.folder, ignore_errors=True)
-        for answers in run_folder(recipe).glob(f"answers*/{stage.name}"):  # with parameters that are no more
-            shutil.rmtree(answers)
-        partial.mkdir(parents=True, exist_ok=True)
-    ranks.wait()
-    report = train_stage(recipe, stage, datasets, student, method, choice, bar, partial)
-    report |= {"dropped_records": dropped, "environment": around}
-    pool.put(choice, instructions, stage.task, stage.name)
-    if ranks.first():
-        finish(stage, partial, report | what_ran(recipe, stage), pool)
-    ranks.wait()
 
 
 def what_ran(recipe: Recipe, stage: Stage) -> dict:
@@ -419,15 +405,15 @@ def what_ran(recipe: Recipe, stage: Stage) -> dict:
     }
 
 
-def finish(stage: Stage, partial: Path, report: dict, pool: Pool) -> None:
-    """Writes what is left and gives the stage's folder its name."""
+def finish(stage: Stage, report: dict, pool: Pool) -> None:
+    """Writes what is left, and gives the stage's folder its name, with DONE in it, when it is whole."""
+    partial = partial_of(stage)
+    report = report | {"handed_on": checksums(partial)}
     write_atomically(partial / "stage.json", json.dumps(report, indent=1) + "\n")
     write_atomically(partial / "codebook.json", pool.to_json())
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()  # the next stage is a run of its own in this group
-    partial.rename(stage.folder)
-    shutil.rmtree(stage.folder / "trainer", ignore_errors=True)
-    (stage.folder / "DONE").touch()
+    seal(stage)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -436,6 +422,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "--list-methods" in arguments:
         print(json.dumps(list(METHODS)))
         return
+    leave_at_once()
     die_with_launcher()
     try:
         recipe = load_recipe(arguments)

@@ -1,5 +1,6 @@
 """Training records as ready tensors, one by one and in batches. Reading and validating them: data/records.py."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,18 @@ class InstructionDataset(Dataset):
         columns, root, _ = self._parts[self._part[index]]
         name = columns.image(int(self._row[index]))
         return None if name is None else root / name
+
+    def digest(self) -> str:
+        """SHA-256 of what is trained on: the records' tokens, pictures' names and lengths in words, in their order."""
+        found = hashlib.sha256(repr((self.image_tokens, [length for *_, length in self._parts])).encode())
+        for array in (self._part, self._row):
+            found.update(array.tobytes())
+        for columns, *_ in self._parts:
+            names = columns.names
+            for array in (columns.ids, columns.ends, columns.supervised, columns.words, columns.picture, names.content,
+                          names.ends):  # fmt: skip
+                found.update(np.ascontiguousarray(array))
+        return found.hexdigest()
 
     def name(self, index: int) -> str:
         """What an error message calls a record."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -203,19 +204,36 @@ def save_adapter(model: nn.Module, folder: str | Path, weights: dict[str, torch.
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """Load a folder of `save_adapter` into an attached model.
 
-    Raises ValueError if rank or alpha differ, or listing the missing and unexpected keys and the differing shapes.
+    Raises FileNotFoundError or ValueError naming the file that is missing or cannot be read, ValueError if rank or
+    alpha differ, or listing the missing and unexpected keys and the differing shapes.
     """
-    from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     folder, config = Path(folder), model.peft_config["default"]
-    saved_config = LoraConfig.from_pretrained(folder)
+    saved_config = _readable(folder / CONFIG, lambda path: dict(json.loads(path.read_text(encoding="utf-8"))))
+    saved = _readable(folder / WEIGHTS, load_file)
     for key in ("r", "lora_alpha"):
-        ours, theirs = getattr(config, key), getattr(saved_config, key)
+        ours, theirs = getattr(config, key), saved_config.get(key)
         if ours != theirs:
             raise ValueError(f"{folder / CONFIG} has {key} {theirs}, the model {ours}; attach LoRA with the same value")
-    saved = load_file(folder / WEIGHTS)
     check_same(f"{folder / WEIGHTS}", get_peft_model_state_dict(model, save_embedding_layers=False), saved)
     set_peft_model_state_dict(model, saved)
+
+
+def _readable(path: Path, read: Callable[[Path], dict]) -> dict:
+    """Return `read(path)`. Raises FileNotFoundError or ValueError, with the remedy, if that cannot be done."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there; an adapter is a folder with {CONFIG} and {WEIGHTS}")
+    try:
+        return read(path)
+    except (SafetensorError, ValueError, TypeError) as error:
+        with path.open("rb") as file:
+            pointer = file.read(40).startswith(b"version https://git-lfs")
+        why = "is the pointer of Git LFS, not the file" if pointer else f"was cut short or damaged ({error})"
+        remedy = (
+            "run `git lfs pull` where it comes from, and copy it again" if pointer else "copy it again, or make it anew"
+        )
+        raise ValueError(f"{path} {why}; {remedy}") from error
 
 
 def check_same(source: str, wanted: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> None:

@@ -65,13 +65,27 @@ class LlavaTrainer(Trainer):
         self.projector_lr, self.normalisation, self.hooks = projector_lr, normalisation, hooks or TrainHooks()
         super().__init__(model, args, Collator(pad_id), dataset, callbacks=list(callbacks))
         self.remove_callback(PrinterCallback)
+        self.add_callback(EpochOrder(self))
         self.loss_is_scaled_for_ga = normalisation == "global"
         self.image_id = model.config.image_token_id
 
     def _get_train_sampler(self, train_dataset=None) -> ModalityLengthSampler:
         lengths = self.train_dataset.modality_lengths
         batches = self.args.world_size * self.args.gradient_accumulation_steps
-        return ModalityLengthSampler(lengths, self._train_batch_size, batches, self.args.seed)
+        self.sampler = ModalityLengthSampler(lengths, self._train_batch_size, batches, self.args.seed)
+        return self.sampler
+
+    def _init_training_state(self, max_steps, steps_per_epoch, epochs, checkpoint, trial) -> tuple[int, int]:
+        """Return where to go on: (epoch, micro-batches of it that are done).
+
+        A checkpoint of the last step has nothing left to do. The stock Trainer makes one step more if that step ends
+        inside an epoch, and leaves the random generators alone if it does not.
+        """
+        place = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
+        if self.state.global_step < max_steps:
+            return place
+        self._load_rng_state(checkpoint)
+        return epochs, 0
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Build the configured optimizer over four groups: (rest, projector) x (decayed, not decayed)."""
@@ -198,6 +212,21 @@ def blank_picture(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler its epoch, which a training that goes on inside a later one would else not reach.
+
+    The Trainer hands the number on through accelerate's wrappers: `SkipBatchSampler` around `BatchSamplerShard` with
+    several processes, whose `set_epoch` (accelerate 1.15) ends at the second.
+    """
+
+    def __init__(self, trainer: LlavaTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        steps = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+        self.trainer.sampler.set_epoch(state.global_step // steps)
 
 
 class StepLog(TrainerCallback):

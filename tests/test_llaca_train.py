@@ -215,7 +215,7 @@ def test_a_signal_saves_and_the_next_start_goes_on_from_there(arguments, tmp_pat
     with pytest.raises(ValueError, match="written by 2 processes"):
         complete.write_text(json.dumps({**json.loads(complete.read_text()), "processes": 2}))
         run(load_recipe(line))
-    complete.write_text(json.dumps({"step": step, "processes": 1, "seconds": 1000.0}))
+    complete.write_text(json.dumps({**json.loads(complete.read_text()), "processes": 1, "seconds": 1000.0}))
     run(load_recipe(line))
     story = json.loads((folder / "stages/01-GQA/stage.json").read_text())
     assert story["seconds"] > 1000 and story["steps"] == 120

@@ -1,0 +1,117 @@
+"""The processes of a launcher: so many runs at once, ended by signals, none left behind."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+import psutil
+
+from llaca.stream import die_with_launcher
+
+STOPS = {signal.SIGTERM, signal.SIGINT}
+TRAINER = "llaca.train"
+
+
+def run_all(lines: list[list[str]], side_by_side: int) -> int:
+    """Runs the commands, at most `side_by_side` at once; returns the first exit status that is not 0.
+
+    When one run fails, those that are under way finish and no other starts. SIGTERM and SIGINT end the runs, and the
+    status is 128 + the signal. The first one reaches every training process once, which saves and ends; the second
+    changes nothing; the third kills. So the runs are sessions of their own: what a terminal, `timeout` or a scheduler
+    sends to all of the launcher's group would reach torchrun twice, and its second signal leaves its workers alone.
+    """
+    waiting, active, status, stops = list(lines), {}, 0, []
+    adopt_orphans()
+    os.environ["LLACA_LAUNCHER"] = str(os.getpid())
+    awaited = STOPS | {signal.SIGCHLD}
+    # They wait until they are asked for: none comes between two lines, and none is lost.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+
+    def prepare():
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        die_with_launcher()
+
+    try:
+        while True:
+            for line in sorted(set(range(side_by_side)) - set(active)):
+                if waiting and not status and not stops:
+                    environment = {**os.environ, "LLACA_BAR": str(line)}
+                    active[line] = subprocess.Popen(
+                        waiting.pop(0), env=environment, preexec_fn=prepare, start_new_session=True
+                    )
+            if not active and not trainers(descendants()):
+                break
+            number = signal.sigwait(awaited)
+            if number in STOPS:
+                stops.append(number)
+                stop(len(stops), signal.Signals(number).name)
+            for line, child in reap(active):
+                status = status or (child.returncode if child.returncode >= 0 else 128 - child.returncode)
+                del active[line]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return 128 + stops[0] if stops else status
+
+
+def stop(time: int, name: str) -> None:
+    """What the first, second and third signal do."""
+    found = descendants()
+    if time == 1:
+        print(f"{name}: every run saves after its step and ends; the third signal kills", file=sys.stderr, flush=True)
+        # DeepSpeed's launcher would kill its processes after 30 seconds, and torchrun's passes the signal on.
+        for process in trainers(found) or found:
+            signal_one(process, signal.SIGTERM)
+    elif time == 2:
+        print(f"{name}: the runs are saving; one more signal kills them", file=sys.stderr, flush=True)
+    else:
+        for process in found:
+            signal_one(process, signal.SIGKILL)
+
+
+def signal_one(process: psutil.Process, number: int) -> None:
+    """Sends a signal to a process that may be gone."""
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
+def descendants() -> list[psutil.Process]:
+    """All that runs below this process."""
+    return psutil.Process().children(recursive=True)
+
+
+def trainers(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that train: not the launchers between, nor what trainers start to read ahead."""
+    found = {}
+    for process in processes:
+        try:
+            line, parent = process.cmdline(), process.ppid()
+        except psutil.Error:  # gone, or a zombie
+            continue
+        if any(line[i : i + 2] == ["-m", TRAINER] for i in range(len(line))):
+            found[process.pid] = (parent, process)
+    return [process for parent, process in found.values() if parent not in found]
+
+
+def adopt_orphans() -> None:
+    """On Linux, makes this process the parent of those whose own parent, a launcher, has died: it waits for them."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+
+
+def reap(active: dict[int, subprocess.Popen]) -> list[tuple[int, subprocess.Popen]]:
+    """The runs of `active` that have ended; adopted processes that have are buried."""
+    own = {child.pid for child in active.values()}
+    while True:
+        try:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            ended = None
+        if ended is None:
+            return []
+        if ended.si_pid in own:
+            break
+        os.waitpid(ended.si_pid, 0)
+    return [(line, child) for line, child in active.items() if child.poll() is not None]

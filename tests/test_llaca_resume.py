@@ -1,0 +1,46 @@
+"""A training that stops at any step of any epoch and goes on draws the same records and ends in the same bytes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from resume_worker import CASES
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+
+
+def differences(base, data, folder, launch, zero, *cases) -> dict[str, list[str]]:
+    """What tests/resume_worker.py tells."""
+    out = folder / "told.json"
+    config = "none" if zero == "none" else f"scripts/zero{zero}.json"
+    line = [*launch, "tests/resume_worker.py", str(base), str(data), str(out), config, *cases]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert out.is_file(), done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_the_records_that_are_left(tiny_base, tiny_data, tmp_path):
+    found = differences(tiny_base, tiny_data, tmp_path, [sys.executable], "none", *CASES)
+    assert len(found) == 9 and not any(found.values()), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("zero", "cases"),
+    [
+        ("none", CASES),
+        ("0", ["fraction"]),
+        ("1", ["fraction"]),
+        ("2", ["fraction", "accumulation"]),
+        ("3", ["fraction", "accumulation"]),
+    ],
+)
+def test_two_processes_go_on_with_the_records_that_are_left(tiny_base, tiny_data, tmp_path, zero, cases):
+    found = differences(tiny_base, tiny_data, tmp_path, TORCHRUN, zero, *cases)
+    assert len(found) >= 4 and not any(found.values()), found

@@ -1,0 +1,139 @@
+"""Signals: one saves and ends, a second changes nothing, a third kills; at any time, to any process, without a hang."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_llaca_train import adapters, arguments, mini  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+LAUNCHER = "import json, sys; from llaca.processes import run_all; sys.exit(run_all(json.loads(sys.argv[1]), 2))"
+SAVER = """
+import os, pathlib, signal, sys, time
+told = []
+signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+pathlib.Path(sys.argv[1] + ".started").touch()
+while not told:
+    time.sleep(0.05)
+time.sleep(1.5)
+pathlib.Path(sys.argv[1]).write_text(str(len(told)))
+sys.exit(143)
+"""
+DEAF = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path(sys.argv[1] + ".started").touch()
+time.sleep(600)
+"""
+# As torchrun and DeepSpeed's launcher do: the second signal makes it leave at once.
+BETWEEN = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-m", "llaca.train", sys.argv[1]], cwd=sys.argv[2])
+sys.exit(child.wait())
+"""
+
+
+def started(lines: list[list[str]], files: list[Path], **environment: str) -> subprocess.Popen:
+    """A launcher in a process group of its own, when all of its children are there."""
+    line = [sys.executable, "-c", LAUNCHER, json.dumps(lines)]
+    launcher = subprocess.Popen(
+        line, cwd=ROOT, process_group=0, stderr=subprocess.PIPE, env={**os.environ, **environment}
+    )
+    wait_for(lambda: all(Path(f"{file}.started").exists() for file in files), launcher)
+    return launcher
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("pause", [0.0, 0.3])
+def test_the_second_signal_neither_hangs_nor_loses_what_is_saved(tmp_path, number, pause):
+    """Without a pause: what `timeout 60 bash train_continual.sh` sends, to the process and then to its group."""
+    files = [tmp_path / "a", tmp_path / "b"]
+    launcher = started([[sys.executable, "-c", SAVER, str(file)] for file in files], files)
+    launcher.send_signal(number)
+    time.sleep(pause)
+    os.killpg(launcher.pid, number)
+    assert launcher.wait(timeout=20) == 128 + number
+    assert [file.read_text() for file in files] == ["1", "1"], "a run gets one signal, however many the launcher gets"
+
+
+def test_the_third_signal_kills(tmp_path):
+    files = [tmp_path / "a", tmp_path / "b"]
+    launcher = started([[sys.executable, "-c", DEAF, str(file)] for file in files], files)
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    for _ in range(3):
+        assert launcher.poll() is None
+        launcher.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert launcher.wait(timeout=20) == 128 + signal.SIGINT
+    assert len(children) == 2 and not any(child.is_running() for child in children)
+
+
+def test_training_processes_get_the_signal_and_are_waited_for_though_what_is_between_dies(tmp_path):
+    fake = tmp_path / "fake" / "llaca"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").touch()
+    (fake / "train.py").write_text(SAVER)
+    file = tmp_path / "a"
+    launcher = started([[sys.executable, "-c", BETWEEN, str(file), str(fake.parent)]], [file])
+    (middle,) = psutil.Process(launcher.pid).children()
+    launcher.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    middle.kill()
+    assert launcher.wait(timeout=20) == 128 + signal.SIGTERM
+    assert file.read_text() == "1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["imports", "recipe.yaml", "stages"])
+def test_a_signal_before_the_first_step_ends_the_run_at_once(arguments, tmp_path, number, moment):  # noqa: F811
+    """While it imports, when the run folder is there (records are read, the model comes), when the stage's is."""
+    line = [sys.executable, "-m", "llaca.launch", *arguments, "--method", "lora", "--epochs", "100"]
+    launcher = subprocess.Popen(line, cwd=ROOT, process_group=0, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    folder = tmp_path / "runs" / "r"
+    if moment == "imports":
+        wait_for(lambda: psutil.Process(launcher.pid).children(), launcher)
+    else:
+        wait_for((folder / moment).exists, launcher)
+    os.killpg(launcher.pid, number)
+    _, told = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + number
+    assert b"Traceback" not in told and not list(folder.glob("stages/*/DONE"))
+
+
+@pytest.mark.slow
+def test_one_rank_gets_the_signal_and_both_stop_after_the_same_step(arguments, tmp_path):  # noqa: F811
+    """Long before a line of the log, and with signals to the other rank while it saves. The end is the whole run's."""
+    more = ["--method", "llaca", "--tasks", "TextVQA", "--epochs", "30", "--batch-size", "2", "--logging-steps", "1000"]
+    launch = [sys.executable, "-m", "llaca.launch", "--launcher", "torchrun", "--num-gpus", "2"]
+    whole, folder = (tmp_path / "runs" / name for name in ("whole", "r"))
+    subprocess.run([*launch, *arguments[:-1], "whole", *more], check=True, capture_output=True, cwd=ROOT)
+    line = [*launch, *arguments, *more, "--save-steps", "7"]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(folder.glob("stages/*.partial/trainer/*/COMPLETE")), process)
+    found = [
+        p for p in psutil.Process(process.pid).children(recursive=True) if p.cmdline()[2:4] == ["-m", "llaca.train"]
+    ]
+    (second,) = [p for p in found if p.environ()["RANK"] == "1"]
+    second.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in told
+    (complete,) = folder.glob("stages/*.partial/trainer/*/COMPLETE")
+    assert json.loads(complete.read_text())["step"] < 180
+    subprocess.run(line, check=True, capture_output=True, cwd=ROOT)
+    assert adapters(folder) == adapters(whole)
