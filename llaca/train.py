@@ -24,6 +24,7 @@ from data.benchmark import image_root, open_benchmark, train_file
 from data.check import is_checked
 from llaca import ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
+from llaca.engine import cast_for_engine, config_file, sharded_loading, shards_weights, whole
 from llaca.grouping import THRESHOLDS, Codebook, wordings
 from llaca.methods import METHODS, method_of
 from llaca.methods.base import Method, StageView
@@ -51,7 +52,6 @@ from llava.model import (
     set_adapter_state,
 )
 
-ZERO = Path(__file__).parents[1] / "scripts"
 MEMORY = "method.pt"  # what a method hands on beside the weights
 
 
@@ -101,11 +101,16 @@ def load_student(
     config = recipe.model
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, config.dtype)
-    model, processor = load_base(config.base, dtype, config.attention, config.quantization, device)
+    settings = (config.base, dtype, config.attention, config.quantization)
+    if shards_weights(recipe.run.zero):
+        load_base(*settings, "meta")  # raises on every rank what the loader of shards does not notice
+    with sharded_loading(recipe.run.zero, dtype):
+        model, processor = load_base(*settings, device)
     if config.reuse_vision_features:
         if features is None:
             paths = [sample.image for loaded in records.values() for sample in loaded.usable if sample.image]
-            features = cache_features(model, processor.image_processor, paths)
+            with whole(model.model.vision_tower):
+                features = cache_features(model, processor.image_processor, paths)
         use_features(model)
     seed_everything(recipe.run.seed)
     model = method.attach(model, config)
@@ -156,6 +161,8 @@ def train_stage(
     if recipe.model.legacy_projector_reset and stage.index > 1:
         reset_projector(student.model)
     start = None if checkpoint or recipe.run.zero == "none" else adapter_state(student.model)
+    if shards_weights(recipe.run.zero):
+        cast_for_engine(student.model, getattr(torch, recipe.model.dtype))
     own, pad_id = datasets[stage.task], student.processor.tokenizer.pad_token_id
     method.stage = StageView(stage.task, student.model, own, pad_id, stage_seed)
     method.recall(handed_on(method, stage.folder.parent / choice.start) if choice.matched else {})
@@ -251,7 +258,7 @@ def trainer_arguments(recipe: Recipe, settings: TrainConfig, stage: Stage, seed:
         logging_steps=recipe.run.logging_steps,
         save_strategy="steps" if recipe.run.save_steps else "no",
         save_steps=recipe.run.save_steps or 1,
-        deepspeed=None if recipe.run.zero == "none" else str(ZERO / f"zero{recipe.run.zero}.json"),
+        deepspeed=None if recipe.run.zero == "none" else str(config_file(recipe.run.zero)),
         report_to=recipe.run.report_to,
         run_name=f"{recipe.run.run}/{stage.name}",
         disable_tqdm=True,
