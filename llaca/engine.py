@@ -13,18 +13,86 @@ A step that the engine skips for an overflow calls no optimizer, so the method d
 llaca/callbacks.py.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from llava.model import trainable_parameters
 
 if TYPE_CHECKING:  # brings in PEFT and, where installed, bitsandbytes
     from llava.trainer import LlavaTrainer
+
+CONFIGS = Path(__file__).parents[1] / "scripts"
+PLAIN_LINEAR = functional.linear  # DeepSpeed replaces it for good where it shards the first tensor
+
+
+def config_file(zero: str) -> Path:
+    """DeepSpeed's configuration for a recipe's `zero`, which is not "none"."""
+    return CONFIGS / f"zero{zero}.json"
+
+
+def shards_weights(zero: str) -> bool:
+    """Whether a rank holds 1/N of the weights under a recipe's `zero`."""
+    return zero.startswith("3")
+
+
+@contextmanager
+def sharded_loading(zero: str, dtype: torch.dtype) -> Iterator[None]:
+    """Models that `from_pretrained` makes meanwhile hold 1/N of each tensor on each rank, if `zero` shards weights.
+
+    The first rank reads the file and sends each tensor round. What is attached later is whole until the engine
+    prepares the model. `dtype` must be that of the model: DeepSpeed makes the tensors in the one that it is told.
+    """
+    if not shards_weights(zero):
+        yield
+        return
+    blocks = json.loads(config_file(zero).read_text(encoding="utf-8"))
+    told = HfDeepSpeedConfig(
+        {
+            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; nothing is trained by this configuration
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "zero_optimization": blocks["zero_optimization"],
+        }
+    )
+    try:  # transformers keeps a weak reference: `told` must live
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del told
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """The module's weights whole on every rank meanwhile, to be read, and its linears computed as without sharding:
+    DeepSpeed's own adds the bias in a step of its own, and rounds otherwise."""
+    if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        yield
+        return
+    import deepspeed
+
+    sharded_linear, functional.linear = functional.linear, PLAIN_LINEAR
+    try:
+        with deepspeed.zero.GatheredParameters(list(module.parameters())):
+            yield
+    finally:
+        functional.linear = sharded_linear
+
+
+def cast_for_engine(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts what is attached to a sharded model as DeepSpeed does with one that was loaded whole: it leaves this out
+    where it meets a tensor that is sharded already."""
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
 
 
 class Piece(NamedTuple):

@@ -25,6 +25,7 @@ from data.checksums import checksum
 from data.records import DataError
 from llaca import ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
+from llaca.engine import cast_for_engine, config_file, sharded_loading, shards_weights, whole
 from llaca.folders import (
     MEMORY,
     TRAINER,
@@ -67,8 +68,6 @@ from llava.model import (
     set_adapter_state,
 )
 from llava.prepare import Prepared, Source, faults_of, open_records
-
-ZERO = Path(__file__).parents[1] / "scripts"
 
 
 @dataclass
@@ -153,12 +152,17 @@ def load_student(
     config = recipe.model
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, config.dtype)
-    model, processor = load_base(config.base, dtype, config.attention, config.quantization, device)
+    settings = (config.base, dtype, config.attention, config.quantization)
+    if shards_weights(recipe.run.zero):
+        load_base(*settings, "meta")  # raises on every rank what the loader of shards does not notice
+    with sharded_loading(recipe.run.zero, dtype):
+        model, processor = load_base(*settings, device)
     if config.reuse_vision_features:
         if features is None:
             root = image_root(recipe.stream.data_root)
             lists = [[root / name for name in one.pictures] for one in records.values()]
-            features = stored_features(model, processor.image_processor, lists)
+            with whole(model.model.vision_tower):
+                features = stored_features(model, processor.image_processor, lists)
         use_features(model)
     seed_everything(recipe.run.seed)
     model = method.attach(model, config)
@@ -217,6 +221,8 @@ def train_stage(
     if recipe.model.legacy_projector_reset and stage.index > 1:
         reset_projector(student.model)
     start = None if checkpoint or recipe.run.zero == "none" else adapter_state(student.model)
+    if shards_weights(recipe.run.zero):
+        cast_for_engine(student.model, getattr(torch, recipe.model.dtype))
     own, pad_id = datasets[stage.task], student.processor.tokenizer.pad_token_id
     method.stage = StageView(stage.task, student.model, own, pad_id, stage_seed)
     method.recall(handed_on(method, stage.folder.parent / choice.start) if choice.matched else {})
@@ -300,7 +306,7 @@ def trainer_arguments(recipe: Recipe, settings: TrainConfig, stage: Stage, seed:
         logging_steps=recipe.run.logging_steps,
         save_strategy="steps" if recipe.run.save_steps else "no",
         save_steps=recipe.run.save_steps or 1,
-        deepspeed=None if recipe.run.zero == "none" else str(ZERO / f"zero{recipe.run.zero}.json"),
+        deepspeed=None if recipe.run.zero == "none" else str(config_file(recipe.run.zero)),
         report_to=recipe.run.report_to,
         run_name=f"{recipe.run.run}/{stage.name}",
         disable_tqdm=True,

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from llava.conversation import END, IMAGE
@@ -37,6 +38,9 @@ def load_base(
 
     `quantization` (QLoRA, arXiv 2305.14314): the weights of the language model's blocks in `8bit`, or in 4 bits as
     `nf4`, whose scales `nf4-double` quantises once more; the rest keeps `dtype`, in which they are multiplied.
+    The weights go tensor by tensor from the file to `device`, so the host never holds a copy of a model for a GPU. On
+    `meta` nothing is read but the files' headers: names and shapes are checked. Where transformers is told of ZeRO 3
+    (llaca/engine.py) every rank keeps 1/N of each tensor.
     Raises FileNotFoundError or ValueError naming the folder if it is not such a folder or does not fit together.
     """
     path = Path(path)
@@ -50,8 +54,10 @@ def load_base(
             f"{path} has the original LLaVA layout; convert it with `python -m llava.checkpoint assemble --llm {path}`"
         )
     settings = {"dtype": dtype, "attn_implementation": attn_implementation}
-    if quantization != "none":  # such weights cannot be moved later
+    if quantization != "none":
         settings["quantization_config"] = _quantization(path, quantization, dtype, content)
+    # Quantized weights cannot be moved later. On a CPU the pages of the file are the weights, and ranks share them.
+    if quantization != "none" or (torch.device(device).type != "cpu" and not is_deepspeed_zero3_enabled()):
         settings["device_map"] = {"": device}
     model = load_weights(str(path), path, **settings).to(device)
     return model, load_processor(path, model.config)

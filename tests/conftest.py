@@ -46,14 +46,16 @@ def make_tokenizer() -> LlamaTokenizer:
     return tokenizer
 
 
-def make_base(folder: Path, vision_feature_layer: int | list[int] = -1, width: int = 32, padding: int = 0) -> Path:
+def make_base(
+    folder: Path, vision_feature_layer: int | list[int] = -1, width: int = 32, padding: int = 0, layers: int = 2
+) -> Path:
     """Save a random model and its processor to `folder`, as `save_pretrained` does."""
     tokenizer = make_tokenizer()
     text = LlamaConfig(
         vocab_size=len(tokenizer) + padding,
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         initializer_range=0.2,

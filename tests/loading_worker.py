@@ -1,0 +1,75 @@
+"""What tests/test_llaca_loading.py runs in several processes: a base is loaded and adapted, and each rank tells what it
+holds, as JSON.
+
+torchrun ... tests/loading_worker.py WARMUP BASE OUT ZERO DTYPE
+"""
+
+import gc
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from llaca import ranks
+from llaca.config import load_recipe
+from llaca.methods import method_of
+from llaca.train import load_student
+
+
+def allocated() -> int:
+    """Bytes of this process that are no pages of files."""
+    rows = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(row.split()[1]) for row in rows if row.startswith("RssAnon"))
+
+
+class Peak(threading.Thread):
+    """The most that this process has allocated since the thread was made."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.before = self.most = allocated()
+        self.start()
+
+    def run(self):
+        while True:
+            self.most = max(self.most, allocated())
+            time.sleep(0.001)
+
+
+def held(model: torch.nn.Module) -> dict[str, int]:
+    """Bytes of frozen and of trained tensors that this rank holds, of whole ones or of shards."""
+    found = {"frozen": 0, "trained": 0}
+    for parameter in model.parameters():
+        shard = getattr(parameter, "ds_tensor", None)
+        found["trained" if parameter.requires_grad else "frozen"] += parameter.nbytes + (
+            0 if shard is None else shard.nbytes
+        )
+    return found
+
+
+def load(base: str, zero: str, dtype: str):
+    line = ["--method", "llaca", "--base", base, "--zero", zero, "--dtype", dtype, "--lora_rank", "4"]
+    recipe = load_recipe([*line, "--reuse-vision-features", "false"])
+    return load_student(recipe, {}, method_of(recipe))
+
+
+def main() -> None:
+    warmup, base, out, zero, dtype = sys.argv[1:]
+    ranks.start(zero)
+    load(warmup, zero, dtype)  # libraries come in, and their thread pools
+    gc.collect()
+    peak = Peak()
+    student = load(base, zero, dtype)
+    told = {**held(student.model), "peak": peak.most - peak.before}
+    everyone = [None] * ranks.count()
+    dist.all_gather_object(everyone, told)
+    if ranks.first():
+        Path(out).write_text(json.dumps(everyone))
+
+
+if __name__ == "__main__":
+    main()
