@@ -5,7 +5,6 @@ PEFT is imported where it is needed: it brings bitsandbytes along, which nothing
 """
 
 import copy
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from transformers.utils import logging
 
 from llava.conversation import END, IMAGE
+from llava.files import check_file, check_tokenizer, make_config, read_json, read_tensors, weight_files
 
 QUANTIZATIONS = ("none", "8bit", "nf4", "nf4-double")
 NF4_BLOCK = 64  # weights that share a scale
@@ -43,11 +43,14 @@ def load_base(
         raise FileNotFoundError(f"{path} has no config.json; give the folder of a Llava model saved by transformers")
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise FileNotFoundError(f"{path} holds no weights; checkpoints/README.md says how to make them")
-    content = json.loads((path / "config.json").read_text())
+    content = read_json(path / "config.json")
     if "mm_projector_type" in content:
         raise ValueError(
             f"{path} has the original LLaVA layout; convert it with `python -m llava.checkpoint assemble --llm {path}`"
         )
+    make_config(LlavaConfig, content, path / "config.json")
+    for file in weight_files(path):
+        check_file(file)
     settings = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization != "none":  # such weights cannot be moved later
         settings["quantization_config"] = _quantization(path, quantization, dtype, content)
@@ -57,10 +60,21 @@ def load_base(
 
 
 def load_processor(path: str | Path, config: LlavaConfig) -> LlavaProcessor:
-    """Return the processor of a folder; pictures are padded to squares. Raises ValueError unless it fits `config`."""
-    processor = LlavaProcessor.from_pretrained(path, backend="pil")
+    """Return the processor of a folder; pictures are padded to squares.
+
+    Raises FileNotFoundError or ValueError naming the file that is missing or broken, or unless it fits `config`.
+    """
+    path = Path(path)
+    check_tokenizer(path)
+    if not (path / "processor_config.json").is_file():
+        check_file(path / "preprocessor_config.json")  # of an older version, alone
+    try:
+        processor = LlavaProcessor.from_pretrained(path, backend="pil")
+    except Exception as error:  # of many classes, none of which names the folder
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: LlavaProcessor cannot read the processor and tokenizer there ({reason})") from error
     processor.image_processor.do_pad = True
-    _check_processor(Path(path), config, processor)
+    _check_processor(path, config, processor)
     return processor
 
 
@@ -199,12 +213,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
     folder, config = Path(folder), model.peft_config["default"]
+    read_json(folder / CONFIG)
     saved_config = LoraConfig.from_pretrained(folder)
     for key in ("r", "lora_alpha"):
         ours, theirs = getattr(config, key), getattr(saved_config, key)
         if ours != theirs:
             raise ValueError(f"{folder / CONFIG} has {key} {theirs}, the model {ours}; attach LoRA with the same value")
-    saved = load_file(folder / WEIGHTS)
+    saved = read_tensors(folder / WEIGHTS)
     check_same(f"{folder / WEIGHTS}", get_peft_model_state_dict(model, save_embedding_layers=False), saved)
     set_peft_model_state_dict(model, saved)
 
