@@ -142,7 +142,7 @@ def write_base(base: Base, out: str | Path, dtype: torch.dtype | None = None) ->
     config.save_pretrained(out)
     _name_rope_twice(Path(out) / "config.json")
     _generation_config(processor).save_pretrained(out)
-    write_processor(processor, Path(out))
+    write_processor(processor, config, Path(out))
     save_torch_state_dict({to_hub(name): tensor.contiguous() for name, tensor in state.items()}, out)
 
 

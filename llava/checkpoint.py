@@ -62,6 +62,11 @@ def main() -> None:
                 turn(given["from"], out, given["base"])
     except (ValueError, OSError) as error:
         sys.exit(f"llava.checkpoint: {' '.join(str(error).split())}")
+    except Exception as error:  # of a library, from settings that it took and cannot use
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        sys.exit(
+            f"llava.checkpoint: {', '.join(map(str, sources))} cannot be used ({reason}); check the configurations"
+        )
     print(f"{given['out']}: written")
 
 

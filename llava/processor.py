@@ -7,10 +7,11 @@ picture where the stock class has none. What is written makes the difference up.
 """
 
 import json
+import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers import LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 
 from llava.conversation import IMAGE, SYSTEM, encode_prompt, render_prompt
 
@@ -59,7 +60,7 @@ CHAT_TEMPLATE = """\
 PROBES = (f"{IMAGE}\nWhat is it?", IMAGE, f"{IMAGE}\n2 [0.12]", "What is it?")
 
 
-def write_processor(processor: LlavaProcessor, out: Path) -> None:
+def write_processor(processor: LlavaProcessor, config: LlavaConfig, out: Path) -> None:
     """Write a processor with CoIN's prompt as its chat template, in files and names that transformers 4.57 reads too.
 
     Raises ValueError if stock classes would still see other tokens than training does.
@@ -86,9 +87,9 @@ def write_processor(processor: LlavaProcessor, out: Path) -> None:
     LlavaProcessor(
         image_processor=image,
         tokenizer=tokenizer,
-        patch_size=processor.patch_size,
-        vision_feature_select_strategy=processor.vision_feature_select_strategy,
-        num_additional_image_tokens=processor.num_additional_image_tokens,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,  # CLIP's class token
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(out)
     _rewrite(out / "tokenizer_config.json", _settings(tokenizer))
@@ -117,10 +118,15 @@ def _bounded(backend: Tokenizer) -> Tokenizer:
     boundary = scheme["replacement"]
     [image] = [token for token in content["added_tokens"] if token["content"] == IMAGE]
     image["normalized"] = True
-    pattern = {"Regex": rf"{IMAGE}(?! |{boundary}|{IMAGE}|\z)"}
+    seen = [re.escape(token["content"]) for token in content["added_tokens"] if token["normalized"]]
+    pattern = {"Regex": rf"{IMAGE}(?!{'|'.join((' ', boundary, *seen))}|\z)"}
     step = {"type": "Replace", "pattern": pattern, "content": IMAGE + boundary}
-    if content["normalizer"] is not None:
-        step = {"type": "Sequence", "normalizers": [content["normalizer"], step]}
+    before = content["normalizer"]
+    before = [] if before is None else before["normalizers"] if before["type"] == "Sequence" else [before]
+    if step in before:
+        return backend  # of a folder written here
+    if before:
+        step = {"type": "Sequence", "normalizers": [*before, step]}
     return Tokenizer.from_str(json.dumps(content | {"normalizer": step}))
 
 
