@@ -4,26 +4,39 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import LlavaConfig
+from safetensors.torch import save_file
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llava.base import Base, config_of, shapes_of, write_base
-from llava.model import (
-    CONFIG,
-    LORA_TARGETS,
-    PROJECTOR,
-    WEIGHTS,
-    attach_lora,
-    check_same,
-    is_projector,
-    load_adapter,
-    load_base,
-)
-from llava.original import PEFT_PREFIX, State, read_json, read_weights, to_original, to_transformers
+from llava.files import check_finite, read_json
+from llava.model import CONFIG, LORA_TARGETS, PROJECTOR, WEIGHTS, check_same, is_projector, load_processor
+from llava.original import PEFT_PREFIX, State, of_hub, read_weights, to_original, to_transformers
 
 LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 ORIGINAL_LORA, ORIGINAL_REST = "adapter_model.bin", "non_lora_trainables.bin"
+# What LLaVA's own LoRA is, which the original layout can express, by PEFT's names.
 PLAIN_LORA = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
+# What else changes the forward pass; a folder that asks for it is no plain LoRA.
+VARIANTS = (
+    *("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "layers_to_transform", "layers_pattern"),
+    *(
+        "exclude_modules",
+        "trainable_token_indices",
+        "target_parameters",
+        "layer_replication",
+        "use_qalora",
+        "use_bdlora",
+    ),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config", "expert_num"),
+)
+# What PEFT adds to the weights exactly; init_lora_weights only where it leaves the base's weights as they are.
+MERGED = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "bias"),
+    *("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layers_to_transform"),
+    *("layers_pattern", "init_lora_weights", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "megatron_core", "qalora_group_size", "runtime_config"),
+}
+NEUTRAL_STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
 
 
 def import_adapter(*files: str | Path) -> State:
@@ -58,22 +71,17 @@ def import_adapter_folder(source: str | Path, out: str | Path, base: str | Path 
     from peft import LoraConfig
 
     source, out = Path(source), Path(out)
-    config = read_json(source / CONFIG)
-    strange = {key: config.get(key, plain) for key, plain in PLAIN_LORA.items() if config.get(key, plain) != plain}
-    strange |= {key: config[key] for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "expert_num")
-                if config.get(key)}  # fmt: skip
-    if strange:
-        raise ValueError(f"{source / CONFIG} is not of the plain LoRA that LLaVA trains: {strange}")
+    config = _plain_config(source / CONFIG)
     lora = source / (WEIGHTS if (source / WEIGHTS).is_file() else ORIGINAL_LORA)
     state = import_adapter(lora, source / ORIGINAL_REST)
     model = config_of(Path(base or source))
     check_same(f"the adapter in {source}", _adapter_shapes(model, config["r"]), state)
-    named = str(base) if base else config["base_model_name_or_path"]
+    named = str(base) if base else config.get("base_model_name_or_path")
     out.mkdir(parents=True, exist_ok=True)
     LoraConfig(
         r=config["r"],
         lora_alpha=config["lora_alpha"],
-        lora_dropout=config["lora_dropout"],
+        lora_dropout=config.get("lora_dropout", 0.0),
         target_modules=LORA_TARGETS,
         modules_to_save=list(PROJECTOR),
         base_model_name_or_path=named,
@@ -91,10 +99,12 @@ def export_adapter_folder(
     """Write an adapter folder as the original code writes it: two pickles, adapter_config.json and config.json.
 
     `base`: the folder of the model it was trained on; by default what the adapter names. `vision`: the name under which
-    the original finds its vision tower.
+    the original finds its vision tower. Raises what `import_adapter_folder` raises.
     """
     source, out = Path(source), Path(out)
-    config, state = read_json(source / CONFIG), load_file(source / WEIGHTS)
+    config, state = _plain_config(source / CONFIG, tuple(PROJECTOR)), read_weights(source / WEIGHTS)
+    if not (base or config.get("base_model_name_or_path")):
+        raise ValueError(f"{source / CONFIG} names no base; give its folder as --base")
     base = Path(base or config["base_model_name_or_path"])
     model = config_of(base)
     check_same(f"the adapter in {source}", _adapter_shapes(model, config["r"]), state)
@@ -102,24 +112,99 @@ def export_adapter_folder(
     for name, tensors in zip((ORIGINAL_LORA, ORIGINAL_REST), export_adapter(state), strict=True):
         torch.save(tensors, out / name)
     kept = ("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "inference_mode", "init_lora_weights")
-    lora = PLAIN_LORA | {key: config[key] for key in kept}
+    lora = PLAIN_LORA | {key: config[key] for key in kept if key in config}
     lora |= {"target_modules": LINEARS, "task_type": "CAUSAL_LM"}
     _write_json(out / CONFIG, lora)
     _write_json(out / "config.json", _original_config(model, vision))
 
 
 def merge(base: str | Path, adapter: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write the base with the adapter's LoRA added to its weights and the adapter's projector in its place.
+    """Write the base with a PEFT folder's LoRA added to its weights, and its whole modules (the projector) in place.
 
-    The sum is made in `dtype`, by default the base's own. Raises ValueError if the adapter does not fit.
+    Scaling and variants are those that PEFT's own configuration says. Each sum is made in float32, whatever base and
+    adapter are stored in, and rounded once to `dtype`, by default the weight's own in the base. Other tensors keep
+    their bits unless `dtype` says otherwise.
+    Raises ValueError naming what PEFT's merging cannot express, what does not fit, and tensors that are not finite.
     """
-    own = config_of(Path(base)).dtype or torch.float32
-    config = read_json(Path(adapter) / CONFIG)
-    model, processor = load_base(base, dtype or own)
-    model = attach_lora(model, config["r"], config["lora_alpha"], 0.0)
-    load_adapter(model, adapter)
-    merged = model.merge_and_unload(safe_merge=True).to(dtype or own)
-    write_base(Base(merged.config, merged.state_dict(), processor), out)
+    base, adapter = Path(base), Path(adapter)
+    settings = _mergeable_config(adapter / CONFIG)
+    if "mm_projector_type" in read_json(base / "config.json"):
+        raise ValueError(f"{base} has the original LLaVA layout; assemble a base of it first")
+    config = config_of(base)
+    processor = load_processor(base, config)
+    given, weights = read_weights(adapter / WEIGHTS), read_weights(base)
+    state = {of_hub(name): tensor for name, tensor in weights.items()}
+    if config.tie_word_embeddings:
+        state.setdefault("lm_head.weight", state.get("model.language_model.embed_tokens.weight"))
+    check_same(str(base), shapes_of(config), state)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.load_state_dict(state, assign=True)
+    merged = _merged(model, settings, given, adapter, dtype)
+    merged = {name: tensor.to(dtype or state[name].dtype) for name, tensor in merged.items()}
+    check_finite(f"the sum of {base} and {adapter} in {dtype or 'the dtype of the base'}", merged)
+    write_base(Base(config, merged, processor), out, dtype)
+
+
+def _merged(model, settings, given: State, adapter: Path, dtype: torch.dtype | None) -> State:
+    """The weights of `model` with the adapter's in or on them, in the names of the model."""
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+
+    try:
+        model = get_peft_model(model, settings)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{adapter / CONFIG} does not fit the model ({' '.join(str(error).split())})") from error
+    check_same(f"{adapter / WEIGHTS}", get_peft_model_state_dict(model, save_embedding_layers=False), given)
+    set_peft_model_state_dict(model, given)
+    for layer in list(model.modules()):
+        if isinstance(layer, LoraLayer):
+            own = layer.get_base_layer().weight.dtype
+            layer.to(torch.promote_types(own, torch.float32)).merge()
+            layer.get_base_layer().to(dtype or own)
+    return model.unload().state_dict()
+
+
+def _mergeable_config(file: Path):
+    """PEFT's configuration of an adapter; refuses by name what its merging leaves out or makes another model of."""
+    from peft import LoraConfig
+
+    content, plain = _lora_config(file), LoraConfig()
+    if content.get("peft_type") != "LORA":
+        raise ValueError(f"{file} is not of LoRA: its peft_type is {content.get('peft_type')!r}")
+    fields = {key: getattr(plain, key, None) for key in content.keys() - MERGED}
+    strange = {key: content[key] for key in sorted(fields) if content[key] and content[key] != fields[key]}
+    if content.get("init_lora_weights", True) not in NEUTRAL_STARTS:
+        strange["init_lora_weights"] = content["init_lora_weights"]
+    if strange:
+        raise ValueError(f"{file} asks for what merging cannot express: {strange}; load base and adapter with PEFT")
+    try:
+        return LoraConfig.from_pretrained(file.parent)
+    except Exception as error:
+        raise ValueError(f"{file} is not what PEFT's LoraConfig takes ({' '.join(str(error).split())})") from error
+
+
+def _plain_config(file: Path, modules_to_save: tuple[str, ...] | None = None) -> dict:
+    """The configuration of plain LoRA with these whole modules; refuses any other by name."""
+    config = _lora_config(file)
+    found = {key: config.get(key, plain) for key, plain in PLAIN_LORA.items()}
+    found["modules_to_save"] = found["modules_to_save"] and tuple(sorted(found["modules_to_save"]))
+    wanted = PLAIN_LORA | {"modules_to_save": modules_to_save}
+    strange = {key: value for key, value in found.items() if value != wanted[key]}
+    strange |= {key: config[key] for key in VARIANTS if config.get(key)}
+    if config.get("init_lora_weights", True) not in NEUTRAL_STARTS:
+        strange["init_lora_weights"] = config["init_lora_weights"]
+    if strange:
+        raise ValueError(f"{file} is not of the plain LoRA that LLaVA trains: {strange}")
+    return config
+
+
+def _lora_config(file: Path) -> dict:
+    content = read_json(file)
+    for key in ("r", "lora_alpha"):
+        if not isinstance(content.get(key), int | float) or content[key] <= 0:
+            raise ValueError(f"{file}: {key} should be a positive number, it is {content.get(key)!r}")
+    return content
 
 
 def _adapter_shapes(config: LlavaConfig, r: int) -> State:

@@ -1,5 +1,6 @@
 """A base model from the original LLaVA-1.5 files, from a whole checkpoint or from an export of llava-hf, and back."""
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from llava.conversation import IMAGE
+from llava.files import make_config, read_json
 from llava.image import padding_processor
 from llava.model import check_same, is_projector, load_weights
 from llava.original import (
@@ -23,12 +25,12 @@ from llava.original import (
     load_tokenizer,
     of_clip,
     of_hub,
-    read_json,
     read_weights,
     to_hub,
     to_original,
     to_transformers,
 )
+from llava.processor import write_processor
 
 VISION_SELECT_LAYER = -2
 # Of an original config.json: what is not the language model's.
@@ -60,7 +62,7 @@ def read_base(llm: str | Path, vision: str | Path | None = None, projector: str 
     llm, content = Path(llm), read_json(Path(llm) / "config.json")
     if "vision_config" in content:
         _refuse(f"{llm} is a whole model of transformers", vision=vision, projector=projector)
-        old = LlavaConfig.from_pretrained(llm)
+        old = config_of(llm)
         text, tower, layer, select = (
             old.text_config,
             old.vision_config,
@@ -71,7 +73,7 @@ def read_base(llm: str | Path, vision: str | Path | None = None, projector: str 
     else:
         if vision is None:
             raise ValueError(f"{llm} has no vision tower's configuration: give the CLIP folder as --vision")
-        text, tower = _text_config(content), CLIPVisionConfig.from_pretrained(vision)
+        text, tower = _text_config(llm, content), _vision_config(Path(vision))
         preprocessor, (layer, select) = _preprocessor(Path(vision)), _selection(llm, content)
         language = read_weights(llm)
         state = {to_transformers(name): tensor for name, tensor in language.items() if "rotary_emb" not in name}
@@ -86,7 +88,9 @@ def read_base(llm: str | Path, vision: str | Path | None = None, projector: str 
     tokenizer = load_tokenizer(llm)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     if text.vocab_size < image_id or ("vision_config" not in content and text.vocab_size != image_id):
-        raise ValueError(f"{llm}: the tokenizer has {image_id} tokens, the model {text.vocab_size}")
+        raise ValueError(
+            f"{llm}: the tokenizer has {image_id} tokens, the model {text.vocab_size}; are both whole and of one model?"
+        )
     text.vocab_size = image_id + 1
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
         if name in state:
@@ -125,7 +129,10 @@ def assemble(
 
 
 def write_base(base: Base, out: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write the folder that `from_pretrained` opens, in shards of 5 GB, under the names that every version reads."""
+    """Write the folder that `from_pretrained` opens, in shards of 5 GB, under the names that every version reads.
+
+    The processor is that of `llava.processor`, under which the stock classes see the tokens of training.
+    """
     config, state, processor = base
     if dtype is not None:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
@@ -133,8 +140,9 @@ def write_base(base: Base, out: str | Path, dtype: torch.dtype | None = None) ->
     Path(out).mkdir(parents=True, exist_ok=True)
     config.architectures = ["LlavaForConditionalGeneration"]
     config.save_pretrained(out)
+    _name_rope_twice(Path(out) / "config.json")
     _generation_config(processor).save_pretrained(out)
-    processor.save_pretrained(out)
+    write_processor(processor, config, Path(out))
     save_torch_state_dict({to_hub(name): tensor.contiguous() for name, tensor in state.items()}, out)
 
 
@@ -171,15 +179,18 @@ def disassemble(folder: str | Path, out: str | Path) -> None:
 
 
 def config_of(folder: Path) -> LlavaConfig:
-    """The model's configuration, from a config.json in transformers' or the original schema."""
-    content = read_json(folder / "config.json")
+    """The model's configuration, from a config.json in transformers' or the original schema.
+
+    Raises FileNotFoundError or ValueError naming the file.
+    """
+    file = folder / "config.json"
+    content = read_json(file)
     if "vision_config" in content:
-        return LlavaConfig.from_dict(content)
+        return make_config(LlavaConfig, content, file)
     if "mm_hidden_size" not in content:
-        raise ValueError(f"{folder / 'config.json'} is of no LLaVA model")
-    return LlavaConfig(
-        text_config=_text_config(content), vision_config=CLIPVisionConfig(hidden_size=content["mm_hidden_size"])
-    )
+        raise ValueError(f"{file} is of no LLaVA model")
+    vision = make_config(CLIPVisionConfig, {"hidden_size": content["mm_hidden_size"]}, file)
+    return LlavaConfig(text_config=_text_config(folder, content), vision_config=vision)
 
 
 def shapes_of(config: LlavaConfig) -> State:
@@ -201,7 +212,7 @@ def _preprocessor(folder: Path) -> dict:
     """The image processor's settings, from the file of either age."""
     if (folder / "processor_config.json").is_file():
         content = read_json(folder / "processor_config.json")
-        if "image_processor" in content:
+        if isinstance(content.get("image_processor"), dict):
             return content["image_processor"]
     return read_json(folder / "preprocessor_config.json")
 
@@ -234,8 +245,25 @@ def _check_projector(source: str | Path, state: State, config: LlavaConfig) -> N
         )
 
 
-def _text_config(content: dict) -> LlamaConfig:
-    return LlamaConfig.from_dict({key: value for key, value in content.items() if not FOREIGN.fullmatch(key)})
+def _text_config(folder: Path, content: dict) -> LlamaConfig:
+    own = {key: value for key, value in content.items() if not FOREIGN.fullmatch(key)}
+    return make_config(LlamaConfig, own, folder / "config.json")
+
+
+def _vision_config(folder: Path) -> CLIPVisionConfig:
+    """The vision half of a CLIP folder's configuration, or the whole of it."""
+    content = read_json(folder / "config.json")
+    return make_config(CLIPVisionConfig, content.get("vision_config", content), folder / "config.json")
+
+
+def _name_rope_twice(file: Path) -> None:
+    """Write the rotary embedding's settings under transformers 4's names too: it reads no others, and has defaults."""
+    content = read_json(file)
+    text = content["text_config"]
+    rope = dict(text["rope_parameters"])
+    text["rope_theta"] = rope.pop("rope_theta")
+    text["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _generation_config(processor: LlavaProcessor) -> GenerationConfig:

@@ -9,10 +9,12 @@
     python -m llava.checkpoint merge --base DIR --adapter DIR --out DIR
 
 What assemble and merge write is a plain folder for LlavaForConditionalGeneration and LlavaProcessor of any transformers
-that has them. Tensors keep their bits and, unless --dtype says otherwise, their dtypes.
+that has them. Tensors keep their bits and, unless --dtype says otherwise, their dtypes; what merge adds up, it adds up
+in float32 and rounds once. A folder is written whole or not at all.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import torch
 
 from llava.adapter import export_adapter_folder, import_adapter_folder, merge
 from llava.base import disassemble, read_base, write_base
+from llava.files import whole_folder
 
 
 def main() -> None:
@@ -40,23 +43,30 @@ def main() -> None:
             sub.add_argument(name.rstrip("?"), required=not name.endswith("?"), choices=choices)
     given = vars(parser.parse_args())
     dtype = getattr(torch, given["dtype"]) if given.get("dtype") else None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("llava.checkpoint: stopped"))  # what is half written goes
     try:
         sources = [
             Path(value).resolve() for key, value in given.items() if value and key not in ("command", "dtype", "out")
         ]
         if Path(given["out"]).resolve() in sources:
             raise ValueError(f"--out {given['out']} is what is read; choose another folder")
-        if given["command"] == "assemble":
-            write_base(read_base(given["llm"], given["vision"], given["projector"]), given["out"], dtype)
-        elif given["command"] == "merge":
-            merge(given["base"], given["adapter"], given["out"], dtype)
-        elif given["command"] == "disassemble":
-            disassemble(given["from"], given["out"])
-        else:
-            turn = import_adapter_folder if given["command"] == "import-adapter" else export_adapter_folder
-            turn(given["from"], given["out"], given["base"])
+        with whole_folder(given["out"]) as out:
+            if given["command"] == "assemble":
+                write_base(read_base(given["llm"], given["vision"], given["projector"]), out, dtype)
+            elif given["command"] == "merge":
+                merge(given["base"], given["adapter"], out, dtype)
+            elif given["command"] == "disassemble":
+                disassemble(given["from"], out)
+            else:
+                turn = import_adapter_folder if given["command"] == "import-adapter" else export_adapter_folder
+                turn(given["from"], out, given["base"])
     except (ValueError, OSError) as error:
-        sys.exit(f"llava.checkpoint: {error}")
+        sys.exit(f"llava.checkpoint: {' '.join(str(error).split())}")
+    except Exception as error:  # of a library, from settings that it took and cannot use
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        sys.exit(
+            f"llava.checkpoint: {', '.join(map(str, sources))} cannot be used ({reason}); check the configurations"
+        )
     print(f"{given['out']}: written")
 
 

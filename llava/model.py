@@ -5,13 +5,11 @@ PEFT is imported where it is needed: it brings bitsandbytes along, which nothing
 """
 
 import copy
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -19,6 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from llava.conversation import END, IMAGE
+from llava.files import check_file, check_tokenizer, make_config, read_json, read_tensors, weight_files
 
 QUANTIZATIONS = ("none", "8bit", "nf4", "nf4-double")
 NF4_BLOCK = 64  # weights that share a scale
@@ -48,11 +47,14 @@ def load_base(
         raise FileNotFoundError(f"{path} has no config.json; give the folder of a Llava model saved by transformers")
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise FileNotFoundError(f"{path} holds no weights; checkpoints/README.md says how to make them")
-    content = json.loads((path / "config.json").read_text())
+    content = read_json(path / "config.json")
     if "mm_projector_type" in content:
         raise ValueError(
             f"{path} has the original LLaVA layout; convert it with `python -m llava.checkpoint assemble --llm {path}`"
         )
+    make_config(LlavaConfig, content, path / "config.json")
+    for file in weight_files(path):
+        check_file(file)
     settings = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization != "none":
         settings["quantization_config"] = _quantization(path, quantization, dtype, content)
@@ -65,18 +67,27 @@ def load_base(
 
 def open_processor(path: str | Path) -> tuple[LlavaConfig, LlavaProcessor]:
     """Return configuration and processor of a base model's folder, without its weights. Raises as `load_base` does."""
-    path = Path(path)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} has no config.json; give the folder of a Llava model saved by transformers")
-    config = LlavaConfig.from_pretrained(path)
+    file = Path(path) / "config.json"
+    config = make_config(LlavaConfig, read_json(file), file)
     return config, load_processor(path, config)
 
 
 def load_processor(path: str | Path, config: LlavaConfig) -> LlavaProcessor:
-    """Return the processor of a folder; pictures are padded to squares. Raises ValueError unless it fits `config`."""
-    processor = LlavaProcessor.from_pretrained(path, backend="pil")
+    """Return the processor of a folder; pictures are padded to squares.
+
+    Raises FileNotFoundError or ValueError naming the file that is missing or broken, or unless it fits `config`.
+    """
+    path = Path(path)
+    check_tokenizer(path)
+    if not (path / "processor_config.json").is_file():
+        check_file(path / "preprocessor_config.json")  # of an older version, alone
+    try:
+        processor = LlavaProcessor.from_pretrained(path, backend="pil")
+    except Exception as error:  # of many classes, none of which names the folder
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: LlavaProcessor cannot read the processor and tokenizer there ({reason})") from error
     processor.image_processor.do_pad = True
-    _check_processor(Path(path), config, processor)
+    _check_processor(path, config, processor)
     return processor
 
 
@@ -216,30 +227,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     folder, config = Path(folder), model.peft_config["default"]
-    saved_config = _readable(folder / CONFIG, lambda path: dict(json.loads(path.read_text(encoding="utf-8"))))
-    saved = _readable(folder / WEIGHTS, load_file)
+    saved_config = read_json(folder / CONFIG)
     for key in ("r", "lora_alpha"):
         ours, theirs = getattr(config, key), saved_config.get(key)
         if ours != theirs:
             raise ValueError(f"{folder / CONFIG} has {key} {theirs}, the model {ours}; attach LoRA with the same value")
+    saved = read_tensors(folder / WEIGHTS)
     check_same(f"{folder / WEIGHTS}", get_peft_model_state_dict(model, save_embedding_layers=False), saved)
     set_peft_model_state_dict(model, saved)
-
-
-def _readable(path: Path, read: Callable[[Path], dict]) -> dict:
-    """Return `read(path)`. Raises FileNotFoundError or ValueError, with the remedy, if that cannot be done."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; an adapter is a folder with {CONFIG} and {WEIGHTS}")
-    try:
-        return read(path)
-    except (SafetensorError, ValueError, TypeError) as error:
-        with path.open("rb") as file:
-            pointer = file.read(40).startswith(b"version https://git-lfs")
-        why = "is the pointer of Git LFS, not the file" if pointer else f"was cut short or damaged ({error})"
-        remedy = (
-            "run `git lfs pull` where it comes from, and copy it again" if pointer else "copy it again, or make it anew"
-        )
-        raise ValueError(f"{path} {why}; {remedy}") from error
 
 
 def check_same(source: str, wanted: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> None:

@@ -5,17 +5,16 @@ and stands a sentinel that is no token for the picture. Renaming loses nothing: 
 """
 
 import json
-import pickle
 import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, normalizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from llava.conversation import IMAGE
+from llava.files import check_tokenizer, read_json, read_tensors, weight_files
+from llava.processor import starts_words_once
 
 PEFT_PREFIX = "base_model.model."
 # Original name, transformers name; both with the weight's own name behind. The language model stands last, because
@@ -39,7 +38,6 @@ HUB_RULES = (
     (r"(model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
     (r"(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
 )
-INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 State = dict[str, torch.Tensor]
 
 
@@ -77,45 +75,16 @@ def to_hub(name: str) -> str:
     return name
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises FileNotFoundError or ValueError naming the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; is {path.parent} complete?")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
-
-
 def read_weights(path: str | Path) -> State:
     """Return the tensors of one file or of a folder's weights, sharded or not. Pickles may hold tensors only.
 
     Raises FileNotFoundError naming the folder if it holds no weights or misses a shard, ValueError naming the file if
-    it is cut off, or holds anything but tensors (nothing of it has been executed then).
+    it is a pointer or cut off, or holds anything but finite tensors (nothing of it has been executed then).
     """
     path = Path(path)
     if path.is_dir():
-        return {name: tensor for file in _weight_files(path) for name, tensor in read_weights(file).items()}
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds something else than tensors, or is no file of weights; it was not opened any further. "
-            f"Save the tensors alone, with torch.save or as safetensors ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read: cut off, perhaps; download it again ({reason})") from error
-    strange = not isinstance(state, dict) or [k for k, v in state.items() if not isinstance(v, torch.Tensor)]
-    if strange:
-        raise ValueError(
-            f"{path} should hold tensors by name; it has {strange if strange is not True else type(state)}"
-        )
-    return state
+        return {name: tensor for file in weight_files(path) for name, tensor in read_tensors(file).items()}
+    return read_tensors(path)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
@@ -125,9 +94,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     Legacy tokenizers put a space before every piece of text between special tokens, even before a space. The stock
     class does so unless there is one already; here the normaliser does it, and the class that saves and loads a
     tokenizer verbatim keeps it.
+    Raises FileNotFoundError or ValueError naming the file.
     """
+    folder = Path(folder)
+    check_tokenizer(folder)
     stock = LlamaTokenizer.from_pretrained(folder)
-    backend = _without_added_tokens(stock.backend_tokenizer)
+    backend = _without_added_tokens(folder, stock.backend_tokenizer)
     if _is_legacy(folder):
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         backend.pre_tokenizer = None
@@ -153,27 +125,26 @@ def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    for index in INDICES:
-        if (folder / index).is_file():
-            files = [folder / name for name in sorted(set(read_json(folder / index)["weight_map"].values()))]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise FileNotFoundError(f"{folder / index} names {missing}, which are not there; download them")
-            return files
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(folder.glob(pattern)):
-            return files
-    raise FileNotFoundError(f"{folder} holds neither model*.safetensors nor pytorch_model*.bin")
-
-
-def _without_added_tokens(backend: Tokenizer) -> Tokenizer:
-    """Drop what was added behind the sentencepiece vocabulary, as llava-hf's <image> and <pad>."""
+def _without_added_tokens(folder: Path, backend: Tokenizer) -> Tokenizer:
+    """Drop what llava-hf added behind the sentencepiece vocabulary; refuse to drop words."""
     content, size = json.loads(backend.to_str()), backend.get_vocab_size(with_added_tokens=False)
+    added = [token for token in content["added_tokens"] if token["id"] >= size]
+    if words := [token["content"] for token in added if token["content"] not in (IMAGE, "<pad>")]:
+        raise ValueError(
+            f"{folder}: the tokenizer has {words} behind its vocabulary, which no original LLaVA has; their rows of "
+            "the model would be lost"
+        )
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < size]
     return Tokenizer.from_str(json.dumps(content))
 
 
-def _is_legacy(folder: str | Path) -> bool:
-    """Tell whether a tokenizer folder asks for the legacy treatment, which is the default where it says nothing."""
-    config = Path(folder) / "tokenizer_config.json"
-    return json.loads(config.read_text()).get("legacy", True) if config.is_file() else True
+def _is_legacy(folder: Path) -> bool:
+    """Tell whether a tokenizer folder asks for the legacy treatment, which is the default where it says nothing.
+
+    A folder written for the class that takes tokenizer.json as it is says it there.
+    """
+    config, verbatim = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    settings = read_json(config) if config.is_file() else {}
+    if "legacy" not in settings and verbatim.is_file():
+        return starts_words_once(read_json(verbatim)) is None
+    return settings.get("legacy", True)
