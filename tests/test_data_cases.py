@@ -1,6 +1,7 @@
 """Inputs that failed once: small benchmarks, each with one fault, and what the check and a run make of them today."""
 
 import json
+import random
 import re
 import zlib
 
@@ -220,3 +221,36 @@ def test_thousands_of_instructions_are_noted(bench):
     root = bench(train=[record(n, question=f"<image>\nName thing {n}") for n in range(1_200)])
     [file, _] = check(open_benchmark(root), "original").files
     assert not file.problems and "1,200 different instructions in 1,200 records" in file.notes[0]
+
+
+def test_of_a_thousand_corruptions_none_gets_through(bench, tiny_base):
+    """Each corrupted record is named, by its number, and no whole one is."""
+    rng, root = random.Random(0), bench()
+    (root / "text.png").write_text("no picture")
+    (root / "cut.png").write_bytes((root / "a.png").read_bytes()[:-20])
+
+    def turns(*values):
+        return [{"from": ("human", "gpt")[n % 2], "value": value} for n, value in enumerate(values)]
+
+    ways = [
+        lambda r: r.update(image=rng.choice(["gone.png", "text.png", "cut.png", "../a.png", "/a.png", 7, "", "a\0b"])),
+        lambda r: r.update(image="data:image/png;base64," + "A" * rng.randint(1, 9_000)),
+        lambda r: r.update(conversations=rng.choice([None, [], "text", 5, turns("q"), turns("q", "a", "q"), [1, 2]])),
+        lambda r: r.update(conversations=turns("q", "a", "q", "b")[1:3]),
+        lambda r: r.update(conversations=turns(*rng.choice([(" ", "a"), ("q", "\n"), ("q", 5), ("q", None)]))),
+        lambda r: r.update(conversations=turns("q", "<image>")),
+        lambda r: r.update(conversations=turns("<image>q", "a", "<image>q", "a")),
+        lambda r: r.update(conversations=turns(*rng.sample([f"q {HALF}", "a"], 2))),
+        lambda r: r.update(conversations=turns("What? " * 900, "a")),
+        lambda r: (r.pop("image"), r.update(conversations=turns("<image>q", "a"))),
+        lambda r: r.pop("conversations"),
+    ]
+    records, corrupted = [record(number) for number in range(2_000)], set(rng.sample(range(2_000), 1_000))
+    for number in corrupted:
+        rng.choice(ways)(records[number])
+    for number in rng.sample(sorted(corrupted), 50):
+        records[number] = rng.choice([None, "text", 5, []])
+    root = bench(train=records)
+    found = problems(root, reader=reader_of(tiny_base, {"T": 512}, False))
+    assert {problem.record for problem in found} == corrupted
+    assert all(f"record {p.record}" in p.text and len(p.text) < 800 for p in found)
