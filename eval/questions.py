@@ -56,9 +56,7 @@ class Questions:
     @property
     def pictures(self) -> list[Path]:
         """The paths of all pictures, each once."""
-        columns = self.prepared.columns
-        shown = columns.picture[self.rows]
-        return [self.image_root / columns.names[place] for place in dict.fromkeys(shown[shown >= 0].tolist())]
+        return [self.image_root / name for name in self.prepared.columns.pictures(self.rows)]
 
     def wordings(self, grouping: bool) -> list[str]:
         """The distinct instructions. Raises DataError for a question without one, where tasks are grouped by them."""

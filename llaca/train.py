@@ -94,13 +94,6 @@ class TaskRecords:
     def source(self) -> Path:
         return self.prepared.source.path
 
-    @property
-    def pictures(self) -> list[str]:
-        """The pictures of the rows, below the image root, each once."""
-        columns = self.prepared.columns
-        shown = columns.picture[self.rows]
-        return [columns.names[place] for place in dict.fromkeys(shown[shown >= 0].tolist())]
-
     def wordings(self, grouping: bool) -> list[str]:
         """The distinct instructions. Raises DataError for a record without one, where tasks are grouped by them."""
         return self.prepared.wordings(self.rows, grouping)
@@ -160,7 +153,7 @@ def load_student(
     if config.reuse_vision_features:
         if features is None:
             root = image_root(recipe.stream.data_root)
-            lists = [[root / name for name in one.pictures] for one in records.values()]
+            lists = [[root / name for name in one.prepared.columns.pictures(one.rows)] for one in records.values()]
             with whole(model.model.vision_tower):
                 features = stored_features(model, processor.image_processor, lists)
         use_features(model)

@@ -79,6 +79,11 @@ class Columns:
         """The distinct instructions of these rows, sorted; those without one have no say."""
         return sorted(self.instructions[place] for place in np.unique(self.instruction[rows]).tolist() if place >= 0)
 
+    def pictures(self, rows: np.ndarray) -> list[str]:
+        """The pictures of these rows, relative to the image root, each once, in order."""
+        shown = self.picture[rows]
+        return [self.names[place] for place in dict.fromkeys(shown[shown >= 0].tolist())]
+
     def image(self, row: int) -> str | None:
         """The picture's path relative to the image root."""
         return self.names[int(self.picture[row])] if self.picture[row] >= 0 else None
