@@ -99,14 +99,6 @@ def tiny_base(tmp_path_factory) -> Path:
     return make_base(tmp_path_factory.mktemp("tiny-llava"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache_folder(tmp_path_factory):
-    """Checksums are remembered in a folder of this session."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLACA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture
 def tiny(tiny_base):
     """A fresh copy of that model and its processor."""
