@@ -1,8 +1,8 @@
 """The Trainer's callbacks: the method's view of every optimizer step, checkpoints inside a stage, and signals.
 
-A checkpoint is what the Trainer writes (weights, optimizer, scheduler, the random generators of every rank, the
-position in the data), the method's state beside it, and COMPLETE, written last. A process that is killed leaves at most
-one folder without COMPLETE, which is never read.
+A checkpoint is what the Trainer writes (weights, optimizer, scheduler, the random generators of every rank, the steps
+made), the method's state and the loss since the last line of the log beside it, and COMPLETE, written last, with the
+sizes of all files. A process that is killed leaves at most one folder without COMPLETE, which is never read.
 """
 
 import json

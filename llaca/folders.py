@@ -145,9 +145,9 @@ def handed_on(method: Method, stage: Path) -> dict:
         raise FileNotFoundError(f"{path} is not there: {needed}. Copy it to the run, {AGAIN.format(stage)}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling half a file raises
+    except Exception as error:  # whatever torch raises for half a file; what it advises then is no remedy
         raise ValueError(
-            f"{path} cannot be read ({error}): {needed}. Copy it to the run again, {AGAIN.format(stage)}"
+            f"{path} was cut short or damaged: {needed}. Copy it to the run again, {AGAIN.format(stage)}"
         ) from error
 
 

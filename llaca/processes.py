@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from itertools import pairwise
 
 import psutil
 
 from llaca.stream import die_with_launcher
 
 STOPS = {signal.SIGTERM, signal.SIGINT}
-TRAINER = "llaca.train"
+WORKERS = ("llaca.train", "eval.predict")
 
 
 def run_all(lines: list[list[str]], side_by_side: int) -> int:
@@ -62,7 +63,7 @@ def stop(time: int, name: str) -> None:
     if time == 1:
         print(f"{name}: every run saves after its step and ends; the third signal kills", file=sys.stderr, flush=True)
         # DeepSpeed's launcher would kill its processes after 30 seconds, and torchrun's passes the signal on.
-        for process in trainers(found) or found:
+        for process in trainers(found) or psutil.Process().children():
             signal_one(process, signal.SIGTERM)
     elif time == 2:
         print(f"{name}: the runs are saving; one more signal kills them", file=sys.stderr, flush=True)
@@ -83,14 +84,14 @@ def descendants() -> list[psutil.Process]:
 
 
 def trainers(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that train: not the launchers between, nor what trainers start to read ahead."""
+    """Those that train or answer: not the launchers between, nor what they start themselves to read ahead."""
     found = {}
     for process in processes:
         try:
             line, parent = process.cmdline(), process.ppid()
         except psutil.Error:  # gone, or a zombie
             continue
-        if any(line[i : i + 2] == ["-m", TRAINER] for i in range(len(line))):
+        if any(flag == "-m" and module in WORKERS for flag, module in pairwise(line)):
             found[process.pid] = (parent, process)
     return [process for parent, process in found.values() if parent not in found]
 

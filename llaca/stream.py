@@ -3,7 +3,7 @@
 runs/<name>/recipe.yaml, environment.json      written when nothing can refuse the run any more
             stages/01-ScienceQA/   adapter/ (what is used from here on), plain/ (before the average took its
                                    place), stage.json (with the environment that it was trained in),
-                                   codebook.json (the pool after this stage),
+                                   codebook.json (the pool after this stage), origin.json (llaca/folders.py),
                                    train_log.jsonl, beta.csv, DONE (written last)
 """
 
