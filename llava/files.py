@@ -165,8 +165,9 @@ def make_config(kind: type, content: dict, file: Path):
 def whole_folder(out: str | Path) -> Iterator[Path]:
     """Yield a new folder beside `out`. What was written there moves to `out` at the end, and is removed on an error.
 
-    Weights move last, so that a folder that holds them is complete. Raises ValueError if `out` is a file or holds
-    weights already: two generations of shards would mix.
+    Weights move last, so that a folder that holds them is complete. Whom the umask lets read the folder may read every
+    file in it, also those of safetensors, which makes them for their owner alone. Raises ValueError if `out` is a file
+    or holds weights already: two generations of shards would mix.
     """
     out = Path(out).resolve()
     if out.exists() and not out.is_dir():
@@ -176,11 +177,13 @@ def whole_folder(out: str | Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(f".{out.name}.{os.getpid()}")
     draft.mkdir()
+    readable = draft.stat().st_mode & 0o666
     try:
         yield draft
         for file in sorted((file for file in draft.rglob("*") if file.is_file()), key=_is_weights):
             place = out / file.relative_to(draft)
             place.parent.mkdir(parents=True, exist_ok=True)
+            file.chmod(readable)
             file.replace(place)
     finally:
         shutil.rmtree(draft)

@@ -228,6 +228,9 @@ def test_an_error_at_the_last_file_leaves_nothing(parts, tmp_path, monkeypatch, 
 def test_a_folder_with_weights_is_not_written_into(parts, tmp_path, monkeypatch):
     arguments = commands(parts, tmp_path / "out")["merge"]
     assert command(monkeypatch, *arguments) is None
+    (tmp_path / "plain").touch()
+    wanted = (tmp_path / "plain").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "out").iterdir()} == {wanted}
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert "out holds weights already (model.safetensors)" in command(monkeypatch, *arguments)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
