@@ -37,7 +37,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from data.benchmark import train_file
 from llaca.beta import settings_of
 from llaca.config import Recipe, load_recipe
-from llaca.ema import BLOCK, kept_of_the_past
+from llaca.ema import BLOCK, kept_of_the_past, kernels_of
 from llaca.methods import method_of
 from llava.model import LORA_TARGETS, NF4_BLOCK, image_tokens, is_projector, trainable_parameters
 
@@ -176,7 +176,7 @@ def plan(recipe: Recipe, gpus: int, tokens: int, device: str = "cuda") -> dict[s
     activations = activation_bytes(recipe, model, records, tokens)
     width = 2 if recipe.model.dtype == "bfloat16" and device == "cuda" else 4  # of what trains, inside DeepSpeed
     share, average = trained / gpus, average_bytes(recipe, trained)
-    scratch = 3 * 4 * BLOCK.get(device, BLOCK["other"]) if average else 0
+    scratch = 3 * 4 * BLOCK[kernels_of(device)] if average else 0
     whole = average + min(scratch, 12 * trained)
     part = average / gpus + min(scratch, 12 * share)
     live = width * min(LIVE_PARAMETERS, base / width)

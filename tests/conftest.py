@@ -46,7 +46,9 @@ def make_tokenizer() -> LlamaTokenizer:
     return tokenizer
 
 
-def make_base(folder: Path, vision_feature_layer: int | list[int] = -1, width: int = 32, padding: int = 0, layers: int = 2) -> Path:
+def make_base(
+    folder: Path, vision_feature_layer: int | list[int] = -1, width: int = 32, padding: int = 0, layers: int = 2
+) -> Path:
     """Save a random model and its processor to `folder`, as `save_pretrained` does."""
     tokenizer = make_tokenizer()
     text = LlamaConfig(

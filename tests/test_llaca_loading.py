@@ -32,7 +32,7 @@ def base(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["3", "3-offload"])
 def test_under_zero_3_no_rank_ever_holds_more_than_its_half(tiny_base, base, tmp_path, zero):
-    """The file is float32 and the model bfloat16: pages of the file are not counted, and the weights may not be them."""
+    """The file is float32 and the model bfloat16: the weights are no pages of the file, which would not be counted."""
     whole = sum(p.nbytes for p in load_base(base, torch.bfloat16, device="meta")[0].parameters())
     for rank in loaded(tiny_base, base, tmp_path, zero, "bfloat16"):
         assert rank["frozen"] == pytest.approx(whole / 2, rel=0.01)
