@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -37,14 +38,18 @@ class Tap(TrainerCallback):
         checkpoint holds them.
     seen: the gradient that the method sees when the recipe clips it: "clipped", as the step used it, or "unclipped".
 
-    Raises RuntimeError, naming the tensor and the engine's state, before the step for a gradient that is missing, and
-    FloatingPointError after a step that DeepSpeed skipped for one that is not finite (with fp16 that is its loss
-    scaling at work, and the average is left as it is). Where the engine does step, the method finds the latter.
+    Raises ValueError if DeepSpeed clips at another norm than the recipe says. Raises RuntimeError, naming the tensor
+    and the engine's state, before the step for a gradient that is missing in one of its micro-batches, whether the
+    method watches or not. Raises FloatingPointError after a step that DeepSpeed skipped for a gradient that is not
+    finite (with fp16 that is its loss scaling at work, and the average is left as it is). Where the engine does step, a
+    watching method finds the latter.
     """
 
     def __init__(self, method, matched: bool, steps: int, start: dict[str, Tensor] | None, seen: str):
         self.method, self.matched, self.steps, self.start, self.seen = method, matched, steps, start, seen
-        self._handles, self._reached, self._stepped, self._shown = [], {}, {}, 0
+        self._handles, self._stepped, self._shown = [], {}, 0
+        self._reached: Counter[str] = Counter()  # backward passes of this step that had a gradient
+        self._sums: dict[str, Tensor] = {}
 
     def attach(self, trainer: LlavaTrainer) -> None:
         """Listens to `trainer`."""
@@ -56,6 +61,11 @@ class Tap(TrainerCallback):
         self.layout, self.stage = layout_of(trainer), zero_stage(trainer)
         if self.stage == 0 and self.seen == "unclipped" and args.max_grad_norm > 0:
             raise ValueError("ZeRO 0 clips without telling by how much; use DDP, which is the same computation")
+        if self.stage is not None and (norm := trainer.model_wrapped.gradient_clipping()) != args.max_grad_norm:
+            raise ValueError(
+                f"DeepSpeed clips gradients at {norm}, the recipe's max_grad_norm is {args.max_grad_norm}: write "
+                '"gradient_clipping": "auto" into its configuration; without the key DeepSpeed clips at 1.0'
+            )
         if self.method.edits_gradients and (args.max_grad_norm > 0 or args.fp16):
             raise ValueError(
                 "this method changes gradients, and engines clip and unscale them at different times: max_grad_norm 0, "
@@ -65,10 +75,10 @@ class Tap(TrainerCallback):
             self.layout.write(self.start)
             self.start = None
         self.method.before_task(self.layout.shards(), self.matched, self.steps)
-        if not self.method.watches:
-            return
         optimizer = trainer.optimizer.optimizer if self.stage is None else trainer.model_wrapped.basic_optimizer
-        self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        self._handles = [optimizer.register_step_pre_hook(self._before)]
+        if self.method.watches:
+            self._handles.append(optimizer.register_step_post_hook(self._after))
         for name, parameter in trainable_parameters(trainer.model).items():
             reached = partial(self._reach, name)
             self._handles.append(parameter.register_post_accumulate_grad_hook(reached))
@@ -82,22 +92,23 @@ class Tap(TrainerCallback):
                 raise FloatingPointError(f"non-finite gradient of {self._not_finite()}: {self._state(now)}")
         self._shown = 0
         self._reached.clear()
+        self._sums.clear()
 
     def on_train_end(self, args, state, control, **kwargs):
         for handle in self._handles:
             handle.remove()
 
     def _reach(self, name: str, parameter: Tensor) -> None:
-        # ZeRO puts zeros where a gradient is missing, and forgets one that it does not step on: only the backward pass
-        # knows. A sum tells whether all elements are finite, at the price of reading them once.
-        if self.stage:
+        # Where a gradient is missing ZeRO 1 and 2 step on zeros and ZeRO 3 on that of an earlier step, to which it adds
+        # those of later micro-batches: only the backward pass knows. And ZeRO forgets a gradient that it does not step
+        # on. A sum tells whether all elements are finite, at the price of reading them once.
+        self._reached[name] += 1
+        if self.stage and self.method.watches:
             seen = parameter.grad.sum(dtype=torch.float32)
-            self._reached[name] = self._reached[name] + seen if name in self._reached else seen
-        else:
-            self._reached[name] = None
+            self._sums[name] = self._sums[name] + seen if name in self._sums else seen
 
     def _not_finite(self) -> list[str]:
-        mine = [name for name, total in self._reached.items() if not total.isfinite()]
+        mine = [name for name, total in self._sums.items() if not total.isfinite()]
         everyone = [mine]
         if dist.is_initialized():
             everyone = [None] * dist.get_world_size()
@@ -106,14 +117,18 @@ class Tap(TrainerCallback):
 
     def _before(self, optimizer, args, kwargs) -> None:
         about = {id(tensor): tensor for group in optimizer.param_groups for tensor in group["params"]}
+        passes = self.trainer.current_gradient_accumulation_steps  # fewer at the end of an epoch
         missing = [
             piece.name
             for piece in self.layout.pieces
-            if piece.name not in self._reached or (id(piece.flat) in about and piece.flat.grad is None)
+            if self._reached[piece.name] < passes or (id(piece.flat) in about and piece.flat.grad is None)
         ]
         if missing:
-            now = self.trainer.state.global_step + 1
-            raise RuntimeError(f"no gradient before the optimizer step for {missing}: {self._state(now)}")
+            now, least = self.trainer.state.global_step + 1, min(self._reached[name] for name in missing)
+            raise RuntimeError(
+                f"no gradient before the optimizer step for {missing}, in {passes - least} of {passes} micro-batches: "
+                f"{self._state(now)}"
+            )
         if self.method.edits_gradients and not self._stepped:  # the first call of this step
             self.method.after_backward(coming_gradients(self.trainer, self.layout))
 

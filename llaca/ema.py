@@ -22,8 +22,14 @@ from torch import Tensor
 
 from llaca.beta import VARIANTS, Statistics, settings_of
 
-# Elements that are worked on at once: on a CPU what stays in its cache, elsewhere enough for a fused launch.
-BLOCK = {"cpu": 1 << 19, "other": 1 << 24}
+# How the passes over a block are made, and how many elements a block has at most: tensor by tensor, what stays in a
+# CPU's cache; or all tensors at once, enough for a fused launch on a GPU. Both run everywhere; they differ by rounding.
+BLOCK = {"loop": 1 << 19, "foreach": 1 << 24}
+
+
+def kernels_of(device: str) -> str:
+    """The key of BLOCK that is faster on a device of this type."""
+    return "loop" if device == "cpu" else "foreach"
 
 
 def _distance(x: Tensor, y: Tensor, row: int = 16) -> Tensor:
@@ -40,7 +46,8 @@ class _Block:
     allocates more than a number a tensor.
     """
 
-    def __init__(self, scratch: list[Tensor], **tensors: list[Tensor]):
+    def __init__(self, kernels: str, scratch: list[Tensor], **tensors: list[Tensor]):
+        self._loop = kernels == "loop"
         self.theta, self.star, self.g = tensors["theta"], tensors["star"], tensors["g"]
         self.old_theta, self.old_g, self.gbar = (tensors.get(key) for key in ("old_theta", "old_g", "gbar"))
         sizes = [t.numel() for t in self.theta]
@@ -49,7 +56,7 @@ class _Block:
     def difference(self, a: list[Tensor], b: list[Tensor], room: int = 0) -> list[Tensor]:
         """a - b, in one of the three rooms."""
         out = self._room[room]
-        if out[0].device.type == "cpu":
+        if self._loop:
             for x, y, z in zip(a, b, out, strict=True):
                 torch.sub(x, y, out=z)
         else:
@@ -59,7 +66,7 @@ class _Block:
 
     def distance(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
         """[tensors]: the L1 norm of a - b."""
-        if a[0].device.type != "cpu":
+        if not self._loop:
             return self.l1(self.difference(a, b))
         return torch.stack([_distance(x, y) for x, y in zip(a, b, strict=True)])
 
@@ -79,7 +86,7 @@ class _Block:
     def g_l1(self) -> Tensor:
         """[tensors]: the L1 norm of each gradient."""
         out = self._room[0]
-        if out[0].device.type == "cpu":
+        if self._loop:
             for x, y in zip(self.g, out, strict=True):
                 torch.abs(x, out=y)
             return self.sums(out)
@@ -178,6 +185,7 @@ class DynamicAverage:
         of a first step that lacks g_{t-1}. None: the variant's own, 0.99 (next_release 0.999).
     start: stage_start, theta*_0 = theta_0 as in the paper, or after_first_step, theta*_1 = theta_1 as in the
         release (beta_1 = 0, counted as fallback). None: the variant's own.
+    kernels: a key of BLOCK. None: the faster one where the parameters are.
 
     Raises ValueError for an unknown or impossible setting.
     """
@@ -189,6 +197,7 @@ class DynamicAverage:
         variant: str,
         fallback: float | None = None,
         start: str | None = None,
+        kernels: str | None = None,
         **variant_parameters: float,
     ):
         self.settings = settings_of(variant, {"fallback": fallback, "start": start, **variant_parameters})
@@ -208,8 +217,8 @@ class DynamicAverage:
         zeros = torch.zeros(len(names), dtype=torch.float64, device=parameters[0].device)
         self._lag, self._beta, self._fallbacks = zeros.clone(), zeros.clone(), zeros.clone()
         self._memory = zeros[:, None].repeat(1, self._variant.memory)
-        limit = BLOCK.get(self._star[0].device.type, BLOCK["other"])
-        self._blocks = blocks([t.numel() for t in self._star], limit)
+        self._kernels = kernels or kernels_of(zeros.device.type)
+        self._blocks = blocks([t.numel() for t in self._star], BLOCK[self._kernels])
         self._parts = torch.tensor([i for block in self._blocks for i, *_ in block], device=zeros.device).bincount()
         largest = max(sum(end - start for _, start, end in block) for block in self._blocks)
         self._scratch = [self._star[0].new_empty(largest) for _ in range(3)]
@@ -245,7 +254,7 @@ class DynamicAverage:
             if "gbar" in parts:  # theta*_{t-1} has just taken in theta_{t-1}, which is where g_t was taken
                 _lerp(parts["gbar"], g, [alphas[i] for i in index])
             floats = {key: [t.float() for t in tensors] for key, tensors in parts.items() if key != "g"}
-            view = _Block(self._scratch, g=g, **floats)
+            view = _Block(self._kernels, self._scratch, g=g, **floats)
             rows.append([STATISTICS[c][1](view) for c in measured])
             for key, now in (("old_theta", "theta"), ("old_g", "g")):
                 if key in parts:
@@ -332,7 +341,7 @@ class DynamicAverage:
     def _alphas(self) -> list[Tensor] | list[float]:
         # 1 - beta of the last step, a float32 number a tensor, left where the tensors are
         alphas = (1 - self._beta).float()
-        return alphas.tolist() if alphas.device.type == "cpu" else list(alphas.unbind())
+        return alphas.tolist() if self._kernels == "loop" else list(alphas.unbind())
 
     def _check(self, what: str, tensors: Sequence[Tensor | None]) -> None:
         if len(tensors) != len(self.names):

@@ -14,6 +14,12 @@ of one GPU at the peak of a step:
     average      the moving average and what its rule remembers
     activations  what autograd keeps of one micro-batch: counted by running one layer on the meta device
 
+The last columns are the peak while the base is loaded and what trains is attached, before the engine is prepared:
+
+    loading      of one GPU: the weights that it keeps, a tensor on its way, and what trains, whole and float32
+    in host      a process's share of the host then: the shards of an offload, the start of what trains, and the tensors
+                 that are being read. Pages of the files are not in it: all processes of a machine share them
+
 Not counted: what the CUDA context and fragmentation take, a GB or so, and what the compared methods hold of their own:
 one float32 copy of what trains (two: EWC), in Model Tailor and PGP up to 4 GB of energies between stages, in PGP the
 protected directions (up to 28 GB at 7B), in A-GEM the activations of four records without checkpointing.
@@ -37,7 +43,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from data.benchmark import train_file
 from llaca.beta import settings_of
 from llaca.config import Recipe, load_recipe
-from llaca.ema import BLOCK, kept_of_the_past
+from llaca.ema import BLOCK, kept_of_the_past, kernels_of
 from llaca.methods import method_of
 from llava.model import LORA_TARGETS, NF4_BLOCK, image_tokens, is_projector, trainable_parameters
 
@@ -45,6 +51,7 @@ ENGINES = ("DDP", "ZeRO 1", "ZeRO 2", "ZeRO 3", "ZeRO 3 offload")
 GB = 1e9
 # DeepSpeed's defaults, in elements; scripts/zero*.json leave them alone.
 REDUCE_BUCKET, PREFETCH_BUCKET, LIVE_PARAMETERS = 5e8, 5e7, 1e9
+READERS = 4  # tensors that transformers reads at once
 
 
 class Bytes(NamedTuple):
@@ -63,6 +70,13 @@ class Bytes(NamedTuple):
     def total(self) -> float:
         """On the GPU."""
         return sum(self[:-1])
+
+
+class Loading(NamedTuple):
+    """Peak bytes of one GPU and of a process in the host's memory until the engine is prepared."""
+
+    gpu: float
+    host: float
 
 
 def blank_model(recipe: Recipe) -> torch.nn.Module:
@@ -176,7 +190,7 @@ def plan(recipe: Recipe, gpus: int, tokens: int, device: str = "cuda") -> dict[s
     activations = activation_bytes(recipe, model, records, tokens)
     width = 2 if recipe.model.dtype == "bfloat16" and device == "cuda" else 4  # of what trains, inside DeepSpeed
     share, average = trained / gpus, average_bytes(recipe, trained)
-    scratch = 3 * 4 * BLOCK.get(device, BLOCK["other"]) if average else 0
+    scratch = 3 * 4 * BLOCK[kernels_of(device)] if average else 0
     whole = average + min(scratch, 12 * trained)
     part = average / gpus + min(scratch, 12 * share)
     live = width * min(LIVE_PARAMETERS, base / width)
@@ -193,6 +207,25 @@ def plan(recipe: Recipe, gpus: int, tokens: int, device: str = "cuda") -> dict[s
     if recipe.model.quantization != "none":
         return {"DDP": found["DDP"]}
     return found
+
+
+def loading(recipe: Recipe, gpus: int) -> dict[str, Loading]:
+    """Engine -> the peak while the base is loaded on one of `gpus` GPUs (llava/model.py, llaca/engine.py)."""
+    model = blank_model(recipe)
+    trained = 4 * sum(p.numel() for p in trainable_parameters(model).values())
+    base = base_bytes(model, recipe.model.quantization)
+    largest = max(p.nbytes for p in model.parameters() if not p.requires_grad)
+    tower = sum(p.nbytes for p in model.get_base_model().model.vision_tower.parameters())
+    passing = 2 * largest  # gathered, and joined from the ranks' parts
+    if recipe.model.reuse_vision_features:  # whole while it computes the features
+        passing = max(passing, tower)
+    reading = READERS * largest
+    whole = Loading(base + trained + (reading if recipe.model.quantization != "none" else 0), trained + reading)
+    sharded = base / gpus
+    found = dict.fromkeys(ENGINES[:3], whole)
+    found["ZeRO 3"] = Loading(sharded + trained + passing, trained)
+    found["ZeRO 3 offload"] = Loading(trained + passing, sharded + trained)
+    return {"DDP": whole} if recipe.model.quantization != "none" else found
 
 
 def stages(recipe: Recipe, gpus: int) -> list[dict]:
@@ -218,6 +251,7 @@ def show(recipe: Recipe, gpus: int, memory: float, tokens: int) -> dict:
     """Prints the plan and returns it, in bytes."""
     model = blank_model(recipe)
     size, engines, tasks = counts(model), plan(recipe, gpus, tokens), stages(recipe, gpus)
+    starts = loading(recipe, gpus)
     print(
         f"{recipe.model.base} with LoRA of rank {recipe.model.lora_rank}: {size['tensors']} tensors train, "
         f"{size['lora']:,} values in LoRA and {size['projector']:,} in the projector\n"
@@ -225,10 +259,11 @@ def show(recipe: Recipe, gpus: int, memory: float, tokens: int) -> dict:
     print(f"GB on each of {gpus} GPUs, records of {tokens} tokens, micro-batches of at most "
           f"{max(row['micro_batch'] for row in tasks)}")  # fmt: skip
     names = [name for name in Bytes._fields if name != "host"]
-    print(f"{'':15s}" + "".join(f"{name:>12s}" for name in [*names, "total", "host", f"in {memory:g} GB"]))
+    titles = [*names, "total", "host", "loading", "in host", f"in {memory:g} GB"]
+    print(f"{'':15s}" + "".join(f"{title:>12s}" for title in titles))
     for engine, parts in engines.items():
-        line = [getattr(parts, name) for name in [*names, "total", "host"]]
-        fits = "fits" if parts.total < memory * GB else "too much"
+        line = [*(getattr(parts, name) for name in [*names, "total", "host"]), *starts[engine]]
+        fits = "fits" if max(parts.total, starts[engine].gpu) < memory * GB else "too much"
         print(f"{engine:15s}" + "".join(f"{value / GB:12.2f}" for value in line) + f"{fits:>12s}")
     print(f"\n{'task':12s}{'records':>10s}{'a step':>8s}{'a GPU at once':>15s}{'accumulated':>13s}{'steps':>8s}")
     for row in tasks:
@@ -244,6 +279,7 @@ def show(recipe: Recipe, gpus: int, memory: float, tokens: int) -> dict:
         f"{fit} at once (eval_all.sh --batch-size, reproduce_*.sh --eval-batch-size; 64 unless told)"
     )
     return {"counts": size, "stages": tasks, "answers": {"models": models, "question": question},
+            "loading": {name: parts._asdict() for name, parts in starts.items()},
             "engines": {name: parts._asdict() | {"total": parts.total} for name, parts in engines.items()}}  # fmt: skip
 
 

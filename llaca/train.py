@@ -159,8 +159,7 @@ def load_student(
         use_features(model)
     seed_everything(recipe.run.seed)
     model = method.attach(model, config)
-    fresh = {name: tensor.cpu() for name, tensor in adapter_state(model).items()}
-    return Student(model, processor, fresh, features)
+    return Student(model, processor, adapter_state(model, "cpu"), features)
 
 
 def stage_datasets(
@@ -213,7 +212,9 @@ def train_stage(
     seed_everything(stage_seed)
     if recipe.model.legacy_projector_reset and stage.index > 1:
         reset_projector(student.model)
-    start = None if checkpoint or recipe.run.zero == "none" else adapter_state(student.model)
+    start = None
+    if not checkpoint and recipe.run.zero != "none":  # on the CPU: a GPU has its own copies to make
+        start = adapter_state(student.model, "cpu")
     if shards_weights(recipe.run.zero):
         cast_for_engine(student.model, getattr(torch, recipe.model.dtype))
     own, pad_id = datasets[stage.task], student.processor.tokenizer.pad_token_id
@@ -232,6 +233,7 @@ def train_stage(
         hooks=method,
     )
     tap = Tap(method, choice.matched, steps, start, recipe.method.seen_gradient)
+    del start  # the tap lets it go when the engine has it
     tap.attach(trainer)
     checkpoints, stop = Checkpoints(tap, folder / TRAINER, checkpoint), StopOnSignal()
     trainer.add_callback(checkpoints)

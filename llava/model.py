@@ -177,9 +177,10 @@ def is_projector(name: str) -> bool:
     return "multi_modal_projector." in name
 
 
-def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a copy of what trains, by parameter name."""
-    return {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+def adapter_state(model: nn.Module, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
+    """Return a copy of what trains, by parameter name, on `device` or where it is."""
+    found = trainable_parameters(model)
+    return {name: parameter.detach().to(device or parameter.device, copy=True) for name, parameter in found.items()}
 
 
 def set_adapter_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -1,7 +1,7 @@
 """What tests/test_llaca_loading.py runs in several processes: a base is loaded and adapted, and each rank tells what it
 holds, as JSON.
 
-torchrun ... tests/loading_worker.py WARMUP BASE OUT ZERO DTYPE
+torchrun ... tests/loading_worker.py WARMUP BASE OUT ZERO
 """
 
 import gc
@@ -18,6 +18,8 @@ from llaca import ranks
 from llaca.config import load_recipe
 from llaca.methods import method_of
 from llaca.train import load_student
+
+LINE = ["--method", "llaca", "--dtype", "bfloat16", "--lora_rank", "16", "--reuse-vision-features", "false"]
 
 
 def allocated() -> int:
@@ -51,19 +53,18 @@ def held(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
-def load(base: str, zero: str, dtype: str):
-    line = ["--method", "llaca", "--base", base, "--zero", zero, "--dtype", dtype, "--lora_rank", "4"]
-    recipe = load_recipe([*line, "--reuse-vision-features", "false"])
+def load(base: str, zero: str):
+    recipe = load_recipe([*LINE, "--base", base, "--zero", zero])
     return load_student(recipe, {}, method_of(recipe))
 
 
 def main() -> None:
-    warmup, base, out, zero, dtype = sys.argv[1:]
+    warmup, base, out, zero = sys.argv[1:]
     ranks.start(zero)
-    load(warmup, zero, dtype)  # libraries come in, and their thread pools
+    load(warmup, zero)  # libraries come in, and their thread pools
     gc.collect()
     peak = Peak()
-    student = load(base, zero, dtype)
+    student = load(base, zero)
     told = {**held(student.model), "peak": peak.most - peak.before}
     everyone = [None] * ranks.count()
     dist.all_gather_object(everyone, told)

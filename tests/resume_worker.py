@@ -18,11 +18,12 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from data.records import load_samples
 from llaca import ranks
 from llaca.callbacks import Checkpoints, Tap, latest
 from llaca.config import load_recipe
 from llaca.methods.average import MovingAverage
-from llava.dataset import InstructionDataset, load_samples
+from llava.dataset import InstructionDataset
 from llava.model import attach_lora, load_base
 from llava.trainer import LlavaTrainer, training_arguments
 

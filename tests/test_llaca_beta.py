@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from walks import NAMES, STEPS, run, walk
 
 from llaca.beta import ALIASES, VARIANTS
-from llaca.ema import DynamicAverage
+from llaca.ema import BLOCK, DynamicAverage
 
 GOLDEN = Path(__file__).parent / "golden" / "ema_release"
 
@@ -65,14 +65,17 @@ def oracle(variant, thetas, gradients, k, **options):
     return np.array(raws), np.array(betas), star
 
 
+@pytest.mark.parametrize("kernels", BLOCK)
 @pytest.mark.parametrize("settings", [{}, {"start": "after_first_step"}])
-def test_released_trace(settings):
+def test_released_trace(settings, kernels):
     tensors, expected = (
         load_file(GOLDEN / "trace.safetensors"),
         json.loads((GOLDEN / "trace.json").read_text()),
     )
     names = list(expected["tensors"])
-    average = DynamicAverage(names, [tensors[f"theta.{n}.0"] for n in names], "lcia_release", **settings)
+    average = DynamicAverage(
+        names, [tensors[f"theta.{n}.0"] for n in names], "lcia_release", kernels=kernels, **settings
+    )
     for t in range(1, expected["steps"] + 1):
         average.step([tensors[f"theta.{n}.{t}"] for n in names], [tensors[f"grad.{n}.{t}"] for n in names])
         for n in names:
@@ -87,14 +90,15 @@ def test_released_trace(settings):
     assert 0 < trace.fallback[1:].mean() < 1
 
 
+@pytest.mark.parametrize("kernels", BLOCK)
 @pytest.mark.parametrize(
     ("variant", "options"),
     [(v, {}) for v in VARIANTS]
     + [("lcia_release", {"constant": 0.1}), ("fixed", {"beta": 0.9}), ("secant", {"mu_rel": 4.0})],
 )
-def test_formula(variant, options):
+def test_formula(variant, options, kernels):
     thetas, gradients = walk()
-    average = run(thetas, gradients, variant, **options)
+    average = run(thetas, gradients, variant, kernels=kernels, **options)
     trace = average.drain_trace()
     for k, name in enumerate(NAMES):
         raw, beta, star = oracle(variant, thetas, gradients, k, **options)
@@ -136,13 +140,14 @@ def test_which_variants_are_dimensionless(variant, loss, units):
     assert np.allclose(scaled_units, raw, rtol=1e-4) == units
 
 
-def test_secant_finds_the_slope_at_the_average():
+@pytest.mark.parametrize("kernels", BLOCK)
+def test_secant_finds_the_slope_at_the_average(kernels):
     """On a noiseless quadratic the averaged gradient is the gradient at the average: beta in closed form.
 
     L = 3/2 theta.theta, d = theta - theta*: beta = (3 theta.d + mu_rel 3 d.d) / (3 d.d + mu_rel 3 d.d).
     """
     theta = [[torch.tensor([10.0 * 0.9**t, -4.0 * 0.8**t])] for t in range(STEPS)]
-    average = DynamicAverage(["w"], theta[0], "secant", mu_rel=19.0, smoothing=0.0)
+    average = DynamicAverage(["w"], theta[0], "secant", mu_rel=19.0, smoothing=0.0, kernels=kernels)
     star, expected = theta[0][0].double(), []
     for t in range(1, STEPS):
         average.step(theta[t], [3 * theta[t - 1][0]])

@@ -7,19 +7,25 @@ from walks import NAMES, STEPS, run, walk
 
 from llaca import ema
 from llaca.beta import VARIANTS
-from llaca.ema import DynamicAverage
+from llaca.ema import BLOCK, DynamicAverage
+
+
+@pytest.fixture(params=BLOCK)
+def kernels(request):
+    """Each half of the arithmetic: what runs on a CPU by default, and what runs on a GPU."""
+    return request.param
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_statistics_add_up_over_shards(variant):
+def test_statistics_add_up_over_shards(variant, kernels):
     """Two ranks holding a third and two thirds of each tensor, their tables added: the step of the whole."""
     thetas, gradients = walk()
 
     def shard(row, rank):
         return [t.flatten()[: t.numel() // 3] if rank == 0 else t.flatten()[t.numel() // 3 :] for t in row]
 
-    whole = DynamicAverage(NAMES, thetas[0], variant)
-    ranks = [DynamicAverage(NAMES, shard(thetas[0], r), variant) for r in (0, 1)]
+    whole = DynamicAverage(NAMES, thetas[0], variant, kernels=kernels)
+    ranks = [DynamicAverage(NAMES, shard(thetas[0], r), variant, kernels=kernels) for r in (0, 1)]
     for t in range(1, STEPS + 1):
         table = whole.measure(thetas[t], gradients[t])
         parts = [ranks[r].measure(shard(thetas[t], r), shard(gradients[t], r)) for r in (0, 1)]
@@ -33,13 +39,45 @@ def test_statistics_add_up_over_shards(variant):
         torch.testing.assert_close(both, one.flatten(), rtol=0, atol=1e-5)
 
 
-def test_where_the_tensors_are_cut_does_not_matter(monkeypatch):
+def test_where_the_tensors_are_cut_does_not_matter(monkeypatch, kernels):
     thetas, gradients = walk()
-    together = run(thetas, gradients, "eq45")
-    monkeypatch.setitem(ema.BLOCK, "cpu", 7)
-    cut = run(thetas, gradients, "eq45")
+    together = run(thetas, gradients, "eq45", kernels=kernels)
+    monkeypatch.setitem(ema.BLOCK, kernels, 7)
+    cut = run(thetas, gradients, "eq45", kernels=kernels)
     for a, b in zip(together.averages().values(), cut.averages().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_number_and_a_rank_without_elements_are_averaged_like_others(variant, dtype, kernels):
+    """A tensor without dimensions moves as one of length 1 does; an empty shard adds nothing and stays empty."""
+    thetas, gradients = walk(dtype=dtype)  # the last tensor has one element
+    plain = run(thetas, gradients, variant, kernels=kernels)
+    thetas, gradients = (
+        [[*row[:3], row[3].squeeze(), row[0].new_empty(0)] for row in rows] for rows in (thetas, gradients)
+    )
+    average = run(thetas, gradients, variant, names=[*NAMES, "empty"], kernels=kernels)
+    found, trace, wanted = average.averages(), average.drain_trace(), plain.drain_trace()
+    np.testing.assert_array_equal(trace.raw[:, :4], wanted.raw)
+    np.testing.assert_array_equal(trace.beta[:, :4], wanted.beta)
+    for name, wanted in plain.averages().items():
+        assert torch.equal(found[name].view(wanted.shape), wanted)
+    assert found["scale"].shape == () and found["empty"].shape == (0,)
+    table = average.measure(thetas[-1], gradients[-1])
+    lag = average._columns.index("lag") if "lag" in average._columns else None
+    assert all(value == 0 for column, value in enumerate(table[-1]) if column != lag)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_both_halves_of_the_arithmetic_agree(variant, dtype):
+    thetas, gradients = walk(dtype=dtype)
+    loop, foreach = (run(thetas, gradients, variant, kernels=kernels) for kernels in BLOCK)
+    for a, b in zip(loop.averages().values(), foreach.averages().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    for a, b in zip(loop.drain_trace(), foreach.drain_trace(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_cover_every_element_once_and_are_full():
@@ -51,18 +89,18 @@ def test_blocks_cover_every_element_once_and_are_full():
     assert ema.blocks([0, 0], 7) == [[(0, 0, 0), (1, 0, 0)]]
 
 
-def test_large_sums_are_accurate():
+def test_large_sums_are_accurate(kernels):
     """2^24 is where a float32 counter stops; 25 million ones must still be 25 million."""
     n = 25_000_000
-    average = DynamicAverage(["w"], [torch.zeros(n)], "fixed")
+    average = DynamicAverage(["w"], [torch.zeros(n)], "fixed", kernels=kernels)
     table = average.measure([torch.ones(n)], [torch.ones(n)])
     np.testing.assert_allclose(table.numpy(), [[n, n]], rtol=1e-6)
 
 
-def test_average_is_float32_where_the_weights_are_bfloat16():
+def test_average_is_float32_where_the_weights_are_bfloat16(kernels):
     """Weights moving from 1 to 2: 300 steps of weight 0.01 reach 2 - 0.99^300; in bfloat16 they do not."""
     start, end = torch.ones(5, dtype=torch.bfloat16), torch.full((5,), 2.0, dtype=torch.bfloat16)
-    average = DynamicAverage(["w"], [start], "fixed", beta=0.99)
+    average = DynamicAverage(["w"], [start], "fixed", beta=0.99, kernels=kernels)
     for _ in range(300):
         average.step([end], [torch.zeros(5, dtype=torch.bfloat16)])
     assert average.averages()["w"].dtype == torch.float32
@@ -70,19 +108,19 @@ def test_average_is_float32_where_the_weights_are_bfloat16():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bfloat16_weights_are_measured_in_float32(variant):
+def test_bfloat16_weights_are_measured_in_float32(variant, kernels):
     thetas, gradients = walk(dtype=torch.bfloat16)
-    trace = run(thetas, gradients, variant).drain_trace()
+    trace = run(thetas, gradients, variant, kernels=kernels).drain_trace()
     exact = [[t.float() for t in row] for row in thetas], [[g.float() for g in row] for row in gradients]
-    reference = run(*exact, variant).drain_trace()
+    reference = run(*exact, variant, kernels=kernels).drain_trace()
     np.testing.assert_array_equal(trace.beta, reference.beta)
 
 
-def test_range_rule_counts():
+def test_range_rule_counts(kernels):
     """One tensor whose release beta is inside, below and at minus infinity, by construction."""
     theta = [[torch.full((2,), float(t))] for t in range(5)]
     g = [[torch.full((2,), x)] for x in (0.0, 100.0, -100.0, -100.1, -100.1)]
-    average = run(theta, g, "lcia_release", names=["w"], fallback=0.9, start="stage_start")
+    average = run(theta, g, "lcia_release", names=["w"], fallback=0.9, start="stage_start", kernels=kernels)
     trace = average.drain_trace()
     # |gap|: 2, then 2 (t - theta*); |change|: 0, 400, 0.2, 0
     star = 0.9 * 0 + 0.1 * 1
@@ -96,21 +134,21 @@ def test_range_rule_counts():
     np.testing.assert_allclose(average.fallback_share(), [0.75])
 
 
-def test_start():
+def test_start(kernels):
     thetas, gradients = walk()
     for start, beta in (("stage_start", 0.99), ("after_first_step", 0.0)):
-        average = run(thetas, gradients, "eq45", steps=[1], start=start)
+        average = run(thetas, gradients, "eq45", steps=[1], start=start, kernels=kernels)
         for star, before, after in zip(average.averages().values(), thetas[0], thetas[1], strict=True):
             torch.testing.assert_close(star, beta * before + (1 - beta) * after)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_resume_is_exact(variant, tmp_path):
+def test_resume_is_exact(variant, tmp_path, kernels):
     thetas, gradients = walk()
-    straight = run(thetas, gradients, variant)
-    first = run(thetas, gradients, variant, steps=range(1, 8))
+    straight = run(thetas, gradients, variant, kernels=kernels)
+    first = run(thetas, gradients, variant, steps=range(1, 8), kernels=kernels)
     torch.save(first.state_dict(), tmp_path / "average.pt")
-    second = DynamicAverage(NAMES, thetas[0], variant)
+    second = DynamicAverage(NAMES, thetas[0], variant, kernels=kernels)
     second.load_state_dict(torch.load(tmp_path / "average.pt", weights_only=True))
     for t in range(8, STEPS + 1):
         second.step(thetas[t], gradients[t])
@@ -130,13 +168,13 @@ def test_resume_refuses_another_average():
         DynamicAverage(list("abcd"), thetas[0], "eq45").load_state_dict(state)
 
 
-def test_trace_is_drained_in_pieces():
+def test_trace_is_drained_in_pieces(kernels):
     thetas, gradients = walk()
-    average = run(thetas, gradients, "eq45", steps=range(1, 6))
+    average = run(thetas, gradients, "eq45", steps=range(1, 6), kernels=kernels)
     first = average.drain_trace()
     for t in range(6, STEPS + 1):
         average.step(thetas[t], gradients[t])
-    second, whole = average.drain_trace(), run(thetas, gradients, "eq45").drain_trace()
+    second, whole = average.drain_trace(), run(thetas, gradients, "eq45", kernels=kernels).drain_trace()
     assert (first.first_step, second.first_step, len(second.beta)) == (1, 6, STEPS - 5)
     np.testing.assert_array_equal(np.concatenate([first.beta, second.beta]), whole.beta)
     assert average.drain_trace().beta.shape == (0, len(NAMES))
@@ -198,9 +236,9 @@ def test_memory_is_what_the_variant_needs():
         (lambda p, g: g.pop(), ValueError, "3 gradients for 4 averaged tensors"),
     ],
 )
-def test_bad_input_names_the_tensor_and_moves_nothing(variant, spoil, error, message):
+def test_bad_input_names_the_tensor_and_moves_nothing(variant, spoil, error, message, kernels):
     thetas, gradients = walk()
-    average = run(thetas, gradients, variant, steps=[1])
+    average = run(thetas, gradients, variant, steps=[1], kernels=kernels)
     before = [star.clone() for star in average.averages().values()]
     parameters, grads = [p.clone() for p in thetas[2]], [g.clone() for g in gradients[2]]
     spoil(parameters, grads)
@@ -210,12 +248,12 @@ def test_bad_input_names_the_tensor_and_moves_nothing(variant, spoil, error, mes
     assert all(torch.equal(a, b) for a, b in zip(average.averages().values(), before, strict=True))
 
 
-def test_averages_follow_live_parameters_that_require_gradients():
+def test_averages_follow_live_parameters_that_require_gradients(kernels):
     """As a trainer calls it: nn.Parameters, their .grad, an optimizer; no graph, no aliasing."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    average = DynamicAverage(names, parameters, "fixed", beta=0.5)
+    average = DynamicAverage(names, parameters, "fixed", beta=0.5, kernels=kernels)
     expected = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=0.1)
     for _ in range(3):

@@ -84,6 +84,33 @@ def test_a_gradient_that_is_not_a_number_stops_the_run_with_its_name(tiny_base, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero", ["2", "3"])
+def test_steps_without_pictures_do_not_see_the_projectors_gradient_of_an_earlier_one(
+    tiny_base, tiny_data, tmp_path, zero
+):
+    """ZeRO 3 would step on it again. What is absent in the first micro-batch only stops the run: it would be added."""
+    told = work(tiny_base, tiny_data, tmp_path, TORCHRUN, zero, "text", "turns", "late")
+    assert told["text"]["projector"] == [0.0] * 4 and told["text"]["moved"] == {"projector": 0.0, "lora": True}
+    pictures = [norm > 0 for norm in told["turns"]["projector"]]
+    assert [True, False] in [pictures[i : i + 2] for i in range(3)], "a step of text follows one with pictures"
+    error = told["late"]["error"]
+    assert f"['{FAULTY}'], in 1 of 2 micro-batches" in error and "optimizer step 1" in error, error
+    assert told["late"]["steps"] == 0
+
+
+@pytest.mark.slow
+def test_deepspeed_clips_at_the_recipes_norm_and_nowhere_else(tiny_base, tiny_data, tmp_path):
+    """A configuration without the key would clip at 1.0, whatever max_grad_norm is."""
+    told = work(tiny_base, tiny_data, tmp_path, [*TORCHRUN[:-2], "1", "--"], "0", "clipping")["clipping"]
+    files = sorted(path.name for path in (ROOT / "scripts").glob("zero*.json"))
+    assert len(files) == 5 and told.pop("silent") == (
+        "DeepSpeed clips gradients at 1.0, the recipe's max_grad_norm is 0.0: write "
+        '"gradient_clipping": "auto" into its configuration; without the key DeepSpeed clips at 1.0'
+    )
+    assert told == {name: [0.0, 0.5] for name in files}
+
+
+@pytest.mark.slow
 def test_bfloat16_trains_alike_under_ddp_and_zero_2_and_is_refused_at_zero_0(tiny_base, tiny_data, tmp_path):
     ddp, zero = (work(tiny_base, tiny_data, tmp_path, TORCHRUN, stage, "bf16")["bf16"] for stage in ("none", "2"))
     assert zero["norms"] == pytest.approx(ddp["norms"], rel=0.02)
@@ -108,7 +135,7 @@ def test_a_step_that_the_engine_skipped_is_told_from_one_that_was_missed(shown, 
     tap.trainer = SimpleNamespace(model_wrapped=engine, args=args)
     tap.stage, tap._shown = 2, shown
     tap.layout = SimpleNamespace(engine="test", names=["a", "b"])
-    tap._reached = {"a": torch.tensor(1.0), "b": torch.tensor(float("inf"))}
+    tap._sums = {"a": torch.tensor(1.0), "b": torch.tensor(float("inf"))}
     with (
         pytest.raises(error, match=r"non-finite gradient of \['b'\]|saw 0 optimizer steps") if error else nullcontext()
     ):
