@@ -3,25 +3,29 @@
     runs/<name>/answers[-dev]/<stage whose parameters answered>/<Task>.jsonl      {question_id, prompt, text} a line
 
 A cell of the accuracy matrix is one such file. With grouping many cells share a file: a parameter set that a stage
-did not change is not asked again. Any number of processes answer, each the questions of its own share:
+did not change is not asked again. Any number of processes answer, each the questions about its own share of the
+pictures:
 
     python -m torch.distributed.run --nproc-per-node 8 -m eval.predict --run NAME ...       (eval_all.sh does)
 
 Each appends to <Task>.jsonl.part-<rank> after every batch, so that a killed evaluation goes on where it was, with
-however many processes. A file is put together, every id in it once, when all parts are there.
+however many processes. A file is put together, every id in it once, when all parts are there. Of the questions, one
+benchmark's are in memory at a time, however many runs are answered.
 """
 
 import argparse
 import copy
+import heapq
 import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -37,12 +41,23 @@ from llaca.pool import Pool
 from llaca.stream import Stage, ordered, stages_of, write_atomically
 from llava.dataset import Question, read_questions
 from llava.features import FeatureCache, cache_features, use_features
-from llava.generate import answer_batches, encode_questions
+from llava.generate import UnreadablePicture, answer_batches, encode_questions
 from llava.model import load_adapter, load_base
 
 BASE = "base"  # stands for the base model, before any stage
 CELLS = ("final", "diagonal", "triangle", "full")
 Row = tuple[str, dict[str, str]]  # (stage, {task: stage whose parameters answer it})
+
+
+class Asked(NamedTuple):
+    """What questions are asked: those in a file, when it was changed last, and where their pictures are; `limit`: only
+    those among the first so many records of the file, 0: all."""
+
+    path: Path
+    changed: int
+    images: Path
+    unchecked: bool
+    limit: int
 
 
 @dataclass
@@ -82,17 +97,15 @@ class Run:
     def answers(self) -> Path:
         return self.folder / ("answers" if self.split == "test" else f"answers-{self.split}")
 
-    @cached_property
-    def questions(self) -> dict[str, list[Question]]:
-        """The questions of every task that this run answers."""
-        stream, found = self.recipe.stream, {}
-        for task in self.tasks:
-            path = self.question_file(task)
-            loaded = read_questions(path, image_root(stream.data_root), look=False)  # opened when they are answered
-            usable = loaded.usable if stream.unchecked else loaded.whole(path)
-            limit = stream.max_test_samples  # of the file's questions, those that cannot be used among them
-            found[task] = [question for question in usable if not limit or question.index < limit]
-        return found
+    def questions(self, task: str) -> Sequence[Question]:
+        """The questions of a task that this run answers, shared with the other runs that ask them."""
+        return _questions(self.asked(task))
+
+    def asked(self, task: str) -> Asked:
+        """What the questions of a task depend on."""
+        stream, path = self.recipe.stream, self.question_file(task)
+        changed = path.stat().st_mtime_ns if path.is_file() else 0
+        return Asked(path, changed, image_root(stream.data_root), stream.unchecked, stream.max_test_samples)
 
     def question_file(self, task: str) -> Path:
         """The test file of a task in this run's wording."""
@@ -105,14 +118,7 @@ class Run:
         if not self.trains:
             return [(BASE, dict.fromkeys(self.tasks, BASE))]
         benchmark, rows, seen = open_benchmark(self.recipe.stream.data_root), [], []
-        instructions = {
-            task: wordings(
-                ((f"record {q.index} (question_id {q.question_id!r})", q.text) for q in questions),
-                benchmark.task(task).instruction,
-                self.question_file(task),
-            )
-            for task, questions in self.questions.items()
-        }
+        instructions = {task: _instructions(self.asked(task), benchmark.task(task).instruction) for task in self.tasks}
         for stage in self.stages:
             seen += stage.tasks
             pool = Pool.from_json((stage.folder / "codebook.json").read_text(encoding="utf-8"))
@@ -138,6 +144,33 @@ class Run:
         return [cell for cell in wanted if not self.answer_file(*cell).is_file()]
 
 
+@lru_cache(maxsize=1)
+def _store(*benchmark) -> dict[Asked, tuple[Question, ...]]:
+    """Where the questions of one benchmark are kept, until those of another are asked for."""
+    return {}
+
+
+def _questions(asked: Asked) -> tuple[Question, ...]:
+    store = _store(asked.path.parents[1], asked.images, asked.unchecked, asked.limit)
+    if asked not in store:
+        loaded = read_questions(asked.path, asked.images, look=False)  # opened when they are answered
+        usable = loaded.usable if asked.unchecked else loaded.whole(asked.path)
+        store[asked] = tuple(question for question in usable if not asked.limit or question.index < asked.limit)
+    return store[asked]
+
+
+@cache
+def _instructions(asked: Asked, place: str) -> list[str]:
+    """The distinct instructions in the questions of a file; `place` as in llaca.grouping."""
+    named = ((f"record {q.index} (question_id {q.question_id!r})", q.text) for q in _questions(asked))
+    return wordings(named, place, asked.path)
+
+
+@lru_cache(maxsize=32)
+def _share(asked: Asked, rank: int, world: int) -> list[int]:
+    return share_of([question.image for question in _questions(asked)], rank, world)
+
+
 def open_run(folder: Path, split: str = "test", cells: str = "triangle") -> Run:
     """Reads a run folder; of its stages those that are DONE. Raises FileNotFoundError where there is no run."""
     if not (folder / "recipe.yaml").is_file():
@@ -159,7 +192,7 @@ class Answerer:
         self.base, self.processor = load_base(config.base, dtype, config.attention, config.quantization, device)
         self.features: FeatureCache | None = None
         if config.reuse_vision_features:
-            pictures = [q.image for questions in run.questions.values() for q in questions if q.image]
+            pictures = [q.image for task in run.tasks for q in run.questions(task) if q.image]
             self.features = cache_features(self.base, self.processor.image_processor, pictures)  # the same batches
             use_features(self.base)  # in every process, so the same features
         self._ids: dict[str, list[list[int]]] = {}
@@ -172,7 +205,7 @@ class Answerer:
     def ids(self, run: Run, task: str) -> list[list[int]]:
         """The tokens of the task's questions."""
         if task not in self._ids:
-            asked = run.questions[task]
+            asked = run.questions(task)
             texts, images = [q.text for q in asked], [q.image for q in asked]
             self._ids[task] = encode_questions(self.base.config, self.processor.tokenizer, texts, images)
         return self._ids[task]
@@ -188,52 +221,83 @@ class Answerer:
         return model.merge_and_unload() if method.mergeable and config.quantization == "none" else model
 
 
-def answer_share(runs: Sequence[Run], rank: int, world: int, batch_size: int) -> None:
-    """Answers what is missing of every `world`-th question, from the `rank`-th on, into parts of the answer files."""
-    shares = {}
-    for run in runs:
-        for cell in run.missing():
-            done = {str(row["question_id"]) for rows in _parts(run.answer_file(*cell)).values() for row in rows}
-            own = range(rank, len(run.questions[cell[1]]), world)
-            todo = [i for i in own if str(run.questions[cell[1]][i].question_id) not in done]
-            if todo:
-                shares.setdefault((run.name, cell[0]), (run, []))[1].append((cell[1], todo))
-    total = sum(len(todo) for _, cells in shares.values() for _, todo in cells)
-    answerer = None
+def answer_share(runs: Sequence[Run], rank: int, world: int, batch_size: int | None = None) -> None:
+    """Answers what is missing of one of `world` shares, into parts of the answer files. A share is the questions about
+    some of the pictures.
+
+    `batch_size` as in `llava.generate.answer_batches`. Raises OSError naming file and record of a picture that cannot
+    be opened, when the other answers of its batch are written.
+    """
+    runs = sorted(runs, key=Answerer.key_of)  # those that share questions and a base, one after the other
+    total = sum(len(_todo(run, *cell, rank, world)) for run in runs for cell in run.missing())
+    answerer, model, loaded = None, None, None
     name = f"answers (process 1 of {world})" if world > 1 else "answers"
     with tqdm(total=total, desc=name, unit="answer", disable=rank > 0) as bar:
-        for (_, holder), (run, cells) in shares.items():
-            model = None  # what is not needed goes before what is needed comes: at most the base and one copy
-            if answerer is None or answerer.key != Answerer.key_of(run):
-                answerer = None
-                answerer = Answerer(run)
-            model = answerer.model(run, holder)
-            for task, todo in cells:
-                _answer_cell(answerer, model, run, run.answer_file(holder, task), task, todo, rank, batch_size, bar)
+        for run in runs:
+            for holder, task in sorted(run.missing(), key=lambda cell: cell[0]):
+                todo = _todo(run, holder, task, rank, world)
+                if not todo:
+                    continue
+                if loaded != (run.name, holder):
+                    model = None  # what is not needed goes before what is needed comes: at most the base and one copy
+                    if answerer is None or answerer.key != Answerer.key_of(run):
+                        answerer = None
+                        answerer = Answerer(run)
+                    model, loaded = answerer.model(run, holder), (run.name, holder)
+                part = run.answer_file(holder, task).with_name(f"{task}.jsonl.part-{rank}")
+                _answer_cell(answerer, model, run, part, task, todo, batch_size, bar)
+
+
+def _todo(run: Run, holder: str, task: str, rank: int, world: int) -> list[int]:
+    """The numbers of the questions in a share that have no answer in any part."""
+    asked = run.questions(task)
+    done = {str(row["question_id"]) for _, rows in _parts(run.answer_file(holder, task)) for row in rows}
+    own = _share(run.asked(task), rank, world)
+    return [number for number in own if str(asked[number].question_id) not in done]
+
+
+def share_of(images: Sequence[Path | None], rank: int, world: int) -> list[int]:
+    """The numbers of the questions that one of `world` processes answers, of questions about these pictures.
+
+    Questions about a picture stay together; those with most go, one after the other, to whoever has fewest questions.
+    """
+    groups = defaultdict(list)
+    for number, image in enumerate(images):
+        groups[number if image is None else image].append(number)
+    loads, own = [(0, process) for process in range(world)], []
+    for group in sorted(groups.values(), key=len, reverse=True):
+        load, process = loads[0]
+        heapq.heapreplace(loads, (load + len(group), process))
+        if process == rank:
+            own += group
+    return sorted(own)
 
 
 def _answer_cell(
-    answerer: Answerer, model, run: Run, file: Path, task: str, todo: list[int], rank: int, batch_size: int, bar: tqdm
+    answerer: Answerer, model, run: Run, part: Path, task: str, todo: list[int], batch_size: int | None, bar: tqdm
 ) -> None:
-    asked, ids = [run.questions[task][i] for i in todo], answerer.ids(run, task)
-    stream = run.recipe.stream
+    asked, ids, stream = run.questions(task), answerer.ids(run, task), run.recipe.stream
     batches = answer_batches(
         model,
         answerer.processor,
         [ids[i] for i in todo],
-        [q.image for q in asked],
+        [asked[i].image for i in todo],
         stream.max_new_tokens or task_of(stream.data_root, task).spec.max_new_tokens,
         batch_size,
         answerer.features,
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part-{rank}")
+    part.parent.mkdir(parents=True, exist_ok=True)
     _cut_to_whole_lines(part)
     with part.open("a", encoding="utf-8") as out:
-        for numbers, texts in batches:
-            out.writelines(_line(asked[number], text) for number, text in zip(numbers, texts, strict=True))
-            out.flush()
-            bar.update(len(numbers))
+        try:
+            for numbers, texts in batches:
+                out.writelines(_line(asked[todo[n]], text) for n, text in zip(numbers, texts, strict=True))
+                out.flush()
+                bar.update(len(numbers))
+        except UnreadablePicture as error:
+            question = asked[todo[error.number]]
+            name = f"record {question.index} (question_id {question.question_id!r})"
+            raise OSError(f"{run.question_file(task)}: {name}: {error}; what is answered is kept") from error
 
 
 def _line(question: Question, text: str) -> str:
@@ -241,14 +305,12 @@ def _line(question: Question, text: str) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _parts(file: Path) -> dict[Path, list[dict]]:
+def _parts(file: Path) -> Iterator[tuple[Path, list[dict]]]:
     """The rows of every part of an answer file; the unfinished last line of a killed process is none."""
-    found = {}
     for part in sorted(file.parent.glob(f"{file.name}.part-*")):
         content = part.read_text(encoding="utf-8")
         whole = content[: content.rfind("\n") + 1]
-        found[part] = [json.loads(line) for line in whole.split("\n")[:-1]]
-    return found
+        yield part, [json.loads(line) for line in whole.split("\n")[:-1]]
 
 
 def _cut_to_whole_lines(part: Path) -> None:
@@ -264,8 +326,8 @@ def merge_parts(runs: Sequence[Run]) -> None:
     """
     for run in runs:
         for holder, task in run.missing():
-            file, asked = run.answer_file(holder, task), run.questions[task]
-            parts = _parts(file)
+            file, asked = run.answer_file(holder, task), run.questions(task)
+            parts = dict(_parts(file))
             rows = {str(row["question_id"]): row for rows in parts.values() for row in rows}
             counts = Counter(str(row["question_id"]) for rows in parts.values() for row in rows)
             doubled = [key for key, count in counts.items() if count > 1]
@@ -289,7 +351,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--split", choices=["test", "dev"], default="test")
     parser.add_argument("--cells", choices=CELLS, default="triangle", help="of the accuracy matrix")
-    parser.add_argument("--batch-size", type=int, default=64, help="questions answered at once by one process")
+    batch = "questions answered at once by one process; default: what the GPU's free memory holds, without a GPU 64"
+    parser.add_argument("--batch-size", type=int, help=batch)
 
 
 def chosen_runs(options: argparse.Namespace) -> list[Run]:

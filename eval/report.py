@@ -232,7 +232,7 @@ def main(given: list[str] | None = None) -> None:
 def answer(runs: list[Run], options: argparse.Namespace) -> None:
     """Fills the answer files that are missing, with several processes where there is work for them."""
     cells = [(run, task) for run in runs for _, task in run.missing()]
-    questions = sum(len(run.questions[task]) for run, task in cells)
+    questions = sum(len(run.questions(task)) for run, task in cells)
     if not cells:
         return
     threads = int(os.environ.get("OMP_NUM_THREADS", 1))
@@ -250,7 +250,8 @@ def answer(runs: list[Run], options: argparse.Namespace) -> None:
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     line += ["-m", "--", "eval.predict"]
     line += ["--runs-dir", str(options.runs_dir), "--run", *[run.name for run in runs]]
-    line += ["--split", options.split, "--cells", options.cells, "--batch-size", str(options.batch_size)]
+    line += ["--split", options.split, "--cells", options.cells]
+    line += ["--batch-size", str(options.batch_size)] if options.batch_size else []
     if status := subprocess.call(line):
         sys.exit(status)
 

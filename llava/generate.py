@@ -53,6 +53,8 @@ def answer_batches(
     Raises UnreadablePicture as soon as the other answers of its batch are yielded, ValueError if memory does not
     suffice for one question.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"{batch_size} questions at once cannot be answered; give 1 or more, or leave it out")
     decoder, training = Decoder(model, processor.tokenizer, max_new_tokens), model.training
     read = features or partial(_pixels, processor.image_processor)
     model.eval()

@@ -11,8 +11,8 @@
                 last answer ends
     by picture  what eval_all.sh does: llava.generate.answer_batches
 
-Both take turns, `--rounds` times; told are the least seconds of each, and the median of the rounds' ratios. Models are
-loaded before the clock starts. Exits with 1 if an answer differs.
+Both take turns, `--rounds` times; told are the least processor seconds of each, which other work on the machine leaves
+alone, and the median of the rounds' ratios. Models are loaded before. Exits with 1 if an answer differs.
 """
 
 import argparse
@@ -108,8 +108,8 @@ def larger_model(width: int = 512, layers: int = 8) -> tuple[torch.nn.Module, Ll
         num_attention_heads=width // 64, initializer_range=0.1,
     )  # fmt: skip
     vision = CLIPVisionConfig(
-        hidden_size=width // 4, intermediate_size=width, num_hidden_layers=layers * 3 // 4, num_attention_heads=width // 256,
-        image_size=336, patch_size=14, initializer_factor=2.0,
+        hidden_size=width // 4, intermediate_size=width, num_hidden_layers=layers * 3 // 4,
+        num_attention_heads=width // 256, image_size=336, patch_size=14, initializer_factor=2.0,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
@@ -133,8 +133,9 @@ def larger_questions(folder: Path, pictures: int, each: int) -> Asked:
         paths.append(folder / f"{each}-{number}.jpg")
         coarse.resize((640, 480), Image.Resampling.BICUBIC).save(paths[-1])
     words = ["red", "left", "bird", "house", "tree", "above", "small", "two", "blue", "dog"]
-    prompts = [f"<image>\nIs the {' '.join(draw.choice(words, draw.integers(2, 8)))} in the picture?\nAnswer the question "
-               "using a single word or phrase." for _ in range(pictures * each)]  # fmt: skip
+    things = [" ".join(draw.choice(words, draw.integers(2, 8))) for _ in range(pictures * each)]
+    manner = "Answer the question using a single word or phrase."
+    prompts = [f"<image>\nIs the {thing} in the picture?\n{manner}" for thing in things]
     images = [path for path in paths for _ in range(each)]
     return Asked(model, processor, encode_questions(model.config, processor.tokenizer, prompts, images), images, 10)
 
@@ -148,9 +149,11 @@ def mini_questions(folder: Path, test_samples: int) -> list[Asked]:
     trained.recipe.stream.tasks = load_recipe(["--method", "lora"]).stream.tasks
     answerer = Answerer(trained)
     model = answerer.model(trained, trained.stages[0].name)
-    limit = trained.recipe.stream.max_new_tokens
-    return [Asked(model, answerer.processor, answerer.ids(trained, task), [q.image for q in trained.questions(task)], limit,
-                  answerer.features) for task in trained.tasks]  # fmt: skip
+    limit, sets = trained.recipe.stream.max_new_tokens, []
+    for task in trained.tasks:
+        ids, images = answerer.ids(trained, task), [question.image for question in trained.questions(task)]
+        sets.append(Asked(model, answerer.processor, ids, images, limit, answerer.features))
+    return sets
 
 
 def compare(name: str, asked: list[Asked], rounds: int) -> bool:
@@ -167,8 +170,8 @@ def compare(name: str, asked: list[Asked], rounds: int) -> bool:
     pairs = [(one, other) for left, right in zip(old, new, strict=True) for one, other in zip(left, right, strict=True)]
     equal = sum(one == other for one, other in pairs)
     length = statistics.mean(len(row) for part in asked for row in part.ids)
-    print(f"{name}: {total} questions of {length:.0f} tokens, {len({text for pair in pairs for text in pair})} different "
-          f"answers, {equal} equal both ways")  # fmt: skip
+    kinds = len({one for one, _ in pairs})
+    print(f"{name}: {total} questions of {length:.0f} tokens, {kinds} different answers, {equal} equal both ways")
     for label, way in (("batches", whole_prompts), ("by picture", by_picture)):
         least = min(seconds[way])
         print(f"    {label:12s}{least:8.2f} s{total / least:8.1f} answers a second")
