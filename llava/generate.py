@@ -113,7 +113,7 @@ def _answers(
                 size, fault = largest // 2, None
                 rest = [[number for number in group if number not in answered] for group in block]
                 waiting.extendleft(group for group in reversed(rest) if group)
-                tqdm.write(f"out of memory: {size} questions at once from here on", file=sys.stderr)
+                tqdm.write(f"out of memory; from here on at most {size} at once", file=sys.stderr)
             if fault:
                 raise fault
 
