@@ -199,7 +199,7 @@ def test_a_process_that_fails_ends_the_others(trained, tmp_path):
         predict(tmp_path, 2), capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT, check=False
     )
     assert done.returncode != 0 and f"record {number} (question_id '{record['question_id']}')" in done.stderr
-    assert not list(folder.rglob("*.jsonl")) and list(folder.rglob("*.part-0"))
+    assert not list(folder.glob("answers/**/*.jsonl")) and list(folder.glob("answers/*/GQA.jsonl.part-1"))
 
 
 def test_which_cells_are_answered(trained, tmp_path):
