@@ -73,9 +73,8 @@ class Prefix:
     def copied(self) -> "Prefix":
         """Return one to use up, for what is run behind a cache is written into it."""
         cache = copy.copy(self.cache)
-        cache.layers = [
-            copy.copy(layer) for layer in cache.layers
-        ]  # a layer gets new tensors, it does not write into its own
+        # A dynamic layer puts new tensors in the place of its own; it writes into none.
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
         return replace(self, cache=cache)
 
     def select(self, rows: Sequence[int]) -> None:
