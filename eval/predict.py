@@ -3,7 +3,8 @@
     runs/<name>/answers[-dev]/<stage whose parameters answered>/<Task>.jsonl      {question_id, prompt, text} a line
 
 A cell of the accuracy matrix is one such file. With grouping many cells share a file: a parameter set that a stage
-did not change is not asked again. Any number of processes answer, each the questions of its own share:
+did not change is not asked again. Any number of processes answer, each the questions about its own share of the
+pictures:
 
     python -m torch.distributed.run --nproc-per-node 8 -m eval.predict --run NAME ...       (eval_all.sh does)
 
@@ -13,14 +14,15 @@ however many processes. A file is put together, every id in it once, when all pa
 
 import argparse
 import copy
+import heapq
 import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -35,7 +37,7 @@ from llaca.methods import METHODS
 from llaca.pool import Pool
 from llaca.stream import Stage, ordered, stages_of, write_atomically
 from llava.features import FeatureCache, stored_features, use_features
-from llava.generate import answer_batches
+from llava.generate import UnreadablePicture, answer_batches
 from llava.model import load_adapter, load_base
 
 BASE = "base"  # stands for the base model, before any stage
@@ -82,7 +84,7 @@ class Run:
 
     @property
     def questions(self) -> Mapping[str, Questions]:
-        """The questions of every task that this run answers."""
+        """The questions of every task that this run answers, shared with the other runs that ask them."""
         return questions_of(self.recipe, self.split)
 
     @cached_property
@@ -115,6 +117,11 @@ class Run:
         """(stage whose parameters answer, task) of the answer files that the rows need and that are not there."""
         wanted = dict.fromkeys((holder, task) for _, row in self.rows for task, holder in row.items())
         return [cell for cell in wanted if not self.answer_file(*cell).is_file()]
+
+
+@lru_cache(maxsize=32)
+def _share(asked: Questions, rank: int, world: int) -> list[int]:
+    return share_of(asked.shown, rank, world)
 
 
 def open_run(folder: Path, split: str = "test", cells: str = "triangle") -> Run:
@@ -158,32 +165,60 @@ class Answerer:
         return model.merge_and_unload() if method.mergeable and config.quantization == "none" else model
 
 
-def answer_share(runs: Sequence[Run], rank: int, world: int, batch_size: int) -> None:
-    """Answers what is missing of every `world`-th question, from the `rank`-th on, into parts of the answer files."""
-    shares = {}
-    for run in runs:
-        for cell in run.missing():
-            done = {str(row["question_id"]) for rows in _parts(run.answer_file(*cell)).values() for row in rows}
-            own = range(rank, len(run.questions[cell[1]]), world)
-            todo = [i for i in own if str(run.questions[cell[1]].question_id(i)) not in done]
-            if todo:
-                shares.setdefault((run.name, cell[0]), (run, []))[1].append((cell[1], todo))
-    total = sum(len(todo) for _, cells in shares.values() for _, todo in cells)
-    answerer = None
+def answer_share(runs: Sequence[Run], rank: int, world: int, batch_size: int | None = None) -> None:
+    """Answers what is missing of one of `world` shares, into parts of the answer files. A share is the questions about
+    some of the pictures.
+
+    `batch_size` as in `llava.generate.answer_batches`. Raises OSError naming file and record of a picture that cannot
+    be opened, when the other answers of its batch are written.
+    """
+    runs = sorted(runs, key=Answerer.key_of)  # those that share questions and a base, one after the other
+    total = sum(len(_todo(run, *cell, rank, world)) for run in runs for cell in run.missing())
+    answerer, model, loaded = None, None, None
     name = f"answers (process 1 of {world})" if world > 1 else "answers"
     with tqdm(total=total, desc=name, unit="answer", disable=rank > 0) as bar:
-        for (_, holder), (run, cells) in shares.items():
-            model = None  # what is not needed goes before what is needed comes: at most the base and one copy
-            if answerer is None or answerer.key != Answerer.key_of(run):
-                answerer = None
-                answerer = Answerer(run)
-            model = answerer.model(run, holder)
-            for task, todo in cells:
-                _answer_cell(answerer, model, run, run.answer_file(holder, task), task, todo, rank, batch_size, bar)
+        for run in runs:
+            for holder, task in sorted(run.missing(), key=lambda cell: cell[0]):
+                todo = _todo(run, holder, task, rank, world)
+                if not todo:
+                    continue
+                if loaded != (run.name, holder):
+                    model = None  # what is not needed goes before what is needed comes: at most the base and one copy
+                    if answerer is None or answerer.key != Answerer.key_of(run):
+                        answerer = None
+                        answerer = Answerer(run)
+                    model, loaded = answerer.model(run, holder), (run.name, holder)
+                part = run.answer_file(holder, task).with_name(f"{task}.jsonl.part-{rank}")
+                _answer_cell(answerer, model, run, part, task, todo, batch_size, bar)
+
+
+def _todo(run: Run, holder: str, task: str, rank: int, world: int) -> list[int]:
+    """The numbers of the questions in a share that have no answer in any part."""
+    asked = run.questions[task]
+    done = {str(row["question_id"]) for _, rows in _parts(run.answer_file(holder, task)) for row in rows}
+    own = _share(asked, rank, world)
+    return [number for number in own if str(asked.question_id(number)) not in done]
+
+
+def share_of(images: Sequence[Hashable | None], rank: int, world: int) -> list[int]:
+    """The numbers of the questions that one of `world` processes answers, of questions about these pictures.
+
+    Questions about a picture stay together; those with most go, one after the other, to whoever has fewest questions.
+    """
+    groups = defaultdict(list)
+    for number, image in enumerate(images):
+        groups[number if image is None else image].append(number)
+    loads, own = [(0, process) for process in range(world)], []
+    for group in sorted(groups.values(), key=len, reverse=True):
+        load, process = loads[0]
+        heapq.heapreplace(loads, (load + len(group), process))
+        if process == rank:
+            own += group
+    return sorted(own)
 
 
 def _answer_cell(
-    answerer: Answerer, model, run: Run, file: Path, task: str, todo: list[int], rank: int, batch_size: int, bar: tqdm
+    answerer: Answerer, model, run: Run, part: Path, task: str, todo: list[int], batch_size: int | None, bar: tqdm
 ) -> None:
     asked, stream = run.questions[task], run.recipe.stream
     batches = answer_batches(
@@ -195,14 +230,16 @@ def _answer_cell(
         batch_size,
         answerer.features,
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part-{rank}")
+    part.parent.mkdir(parents=True, exist_ok=True)
     _cut_to_whole_lines(part)
     with part.open("a", encoding="utf-8") as out:
-        for numbers, texts in batches:
-            out.writelines(_line(asked, todo[number], text) for number, text in zip(numbers, texts, strict=True))
-            out.flush()
-            bar.update(len(numbers))
+        try:
+            for numbers, texts in batches:
+                out.writelines(_line(asked, todo[n], text) for n, text in zip(numbers, texts, strict=True))
+                out.flush()
+                bar.update(len(numbers))
+        except UnreadablePicture as error:
+            raise OSError(f"{asked.name(todo[error.number])}: {error}; what is answered is kept") from error
 
 
 def _line(asked: Questions, number: int, text: str) -> str:
@@ -210,14 +247,12 @@ def _line(asked: Questions, number: int, text: str) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _parts(file: Path) -> dict[Path, list[dict]]:
+def _parts(file: Path) -> Iterator[tuple[Path, list[dict]]]:
     """The rows of every part of an answer file; the unfinished last line of a killed process is none."""
-    found = {}
     for part in sorted(file.parent.glob(f"{file.name}.part-*")):
         content = part.read_text(encoding="utf-8")
         whole = content[: content.rfind("\n") + 1]
-        found[part] = [json.loads(line) for line in whole.split("\n")[:-1]]
-    return found
+        yield part, [json.loads(line) for line in whole.split("\n")[:-1]]
 
 
 def _cut_to_whole_lines(part: Path) -> None:
@@ -234,7 +269,7 @@ def merge_parts(runs: Sequence[Run]) -> None:
     for run in runs:
         for holder, task in run.missing():
             file, asked = run.answer_file(holder, task), run.questions[task]
-            parts = _parts(file)
+            parts = dict(_parts(file))
             rows = {str(row["question_id"]): row for rows in parts.values() for row in rows}
             counts = Counter(str(row["question_id"]) for rows in parts.values() for row in rows)
             doubled = [key for key, count in counts.items() if count > 1]
@@ -258,7 +293,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--split", choices=["test", "dev"], default="test")
     parser.add_argument("--cells", choices=CELLS, default="triangle", help="of the accuracy matrix")
-    parser.add_argument("--batch-size", type=int, default=64, help="questions answered at once by one process")
+    batch = "questions answered at once by one process; default: what the GPU's free memory holds, without a GPU 64"
+    parser.add_argument("--batch-size", type=int, help=batch)
 
 
 def chosen_runs(options: argparse.Namespace) -> list[Run]:

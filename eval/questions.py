@@ -17,7 +17,7 @@ from llava.model import image_tokens, open_processor
 from llava.prepare import Prepared, Source, open_records
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Questions:
     """The questions of one test set that are asked, by their numbers from 0; `rows` are those of the file's columns."""
 
@@ -46,6 +46,11 @@ class Questions:
         """The path of its picture."""
         name = self.prepared.columns.image(int(self.rows[number]))
         return None if name is None else self.image_root / name
+
+    @property
+    def shown(self) -> list[int | None]:
+        """A number for the picture of every question, None without."""
+        return [place if place >= 0 else None for place in self.prepared.columns.picture[self.rows].tolist()]
 
     def ids(self, number: int) -> list[int]:
         """The token ids that ask it."""

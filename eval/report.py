@@ -258,7 +258,8 @@ def answer(runs: list[Run], options: argparse.Namespace) -> None:
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     line += ["-m", "--", "eval.predict"]
     line += ["--runs-dir", str(options.runs_dir), "--run", *[run.name for run in runs]]
-    line += ["--split", options.split, "--cells", options.cells, "--batch-size", str(options.batch_size)]
+    line += ["--split", options.split, "--cells", options.cells]
+    line += ["--batch-size", str(options.batch_size)] if options.batch_size else []
     if status := subprocess.call(line):
         sys.exit(status)
 

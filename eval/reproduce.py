@@ -163,7 +163,8 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--num-gpus", type=int)
     parser.add_argument("--scoring", choices=MODES, default="official", help="of answers, see docs/BENCHMARKS.md")
-    parser.add_argument("--eval-batch-size", dest="batch_size", type=int, default=64, help="questions answered at once")
+    batch = "questions answered at once by one process; default: what the GPU's free memory holds, without a GPU 64"
+    parser.add_argument("--eval-batch-size", dest="batch_size", type=int, help=batch)
     parser.set_defaults(cells="triangle")
     options, more = parser.parse_known_args(given)
     usual = options.study if options.scoring == "official" else f"{options.study}-{options.scoring}"

@@ -45,6 +45,7 @@ from llaca.beta import settings_of
 from llaca.config import Recipe, load_recipe
 from llaca.ema import BLOCK, kept_of_the_past, kernels_of
 from llaca.methods import method_of
+from llava.greedy import question_bytes
 from llava.model import LORA_TARGETS, NF4_BLOCK, image_tokens, is_projector, trainable_parameters
 
 ENGINES = ("DDP", "ZeRO 1", "ZeRO 2", "ZeRO 3", "ZeRO 3 offload")
@@ -163,12 +164,10 @@ def saved_tensors(weights: set[int]):
 
 
 def answering_bytes(recipe: Recipe, model: torch.nn.Module, tokens: int) -> tuple[float, float]:
-    """What a process that answers holds: the models, and for every question of a batch its keys and values and, in the
-    layer that is under way, the MLP's three intermediate results."""
-    text, width = model.config.get_text_config(), getattr(torch, recipe.model.dtype).itemsize
-    heads = text.num_key_value_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
-    values = 2 * text.num_hidden_layers * heads + 3 * text.intermediate_size
-    return 2 * base_bytes(model, recipe.model.quantization), tokens * values * width
+    """What a process that answers holds: the models, and what a question of a batch takes, the only one about its
+    picture."""
+    question = question_bytes(model.config.get_text_config(), getattr(torch, recipe.model.dtype).itemsize, tokens)
+    return 2 * base_bytes(model, recipe.model.quantization), question
 
 
 def average_bytes(recipe: Recipe, trained: float) -> float:
@@ -276,7 +275,8 @@ def show(recipe: Recipe, gpus: int, memory: float, tokens: int) -> dict:
     fit = max(0, int((memory * GB - models) // question))
     print(
         f"\nAnswers: {models / GB:.1f} GB of models, {question / GB:.2f} GB a question of {tokens} tokens: at most "
-        f"{fit} at once (eval_all.sh --batch-size, reproduce_*.sh --eval-batch-size; 64 unless told)"
+        f"{fit} at once (eval_all.sh and reproduce_*.sh choose by the memory that is free, or take --batch-size and "
+        "--eval-batch-size)"
     )
     return {"counts": size, "stages": tasks, "answers": {"models": models, "question": question},
             "loading": {name: parts._asdict() for name, parts in starts.items()},

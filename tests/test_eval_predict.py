@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from data.mini import build
+from data.records import Question
 from eval.metrics import forward_transfer
-from eval.predict import BASE, Answerer, answer_share, merge_parts, open_run
+from eval.predict import BASE, Answerer, answer_share, merge_parts, open_run, share_of
 from eval.report import main as report
 from eval.score import legacy_accuracy, read_answers
 from llaca.config import load_recipe
@@ -30,13 +31,18 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def trained(tmp_path_factory, tiny_base):
     """A folder with a run of three stages, in two groups, of a random base."""
     folder = tmp_path_factory.mktemp("predict")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "SIZES", {"train": 16, "dev": 4, "test": 7})
-        build.build(folder / "mini")
+    build_in(folder / "mini", {"train": 16, "dev": 4, "test": 7})
     line = ["--base", str(tiny_base), "--data-root", str(folder / "mini"), "--tasks", "ScienceQA", "TextVQA", "GQA"]
     line += ["--lora_rank", "4", "--max_new_tokens", "4", "--epochs", "1", "--runs-dir", str(folder / "runs")]
     run(load_recipe([*line, "--method", "llaca", "--learning_rate", "1e-2", "--run", "r"]))
     return folder / "runs"
+
+
+def build_in(folder: Path, sizes: dict[str, int]) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "SIZES", sizes)
+        build.build(folder)
+    return folder
 
 
 def copy_of(runs: Path, tmp_path: Path) -> Path:
@@ -109,6 +115,91 @@ def test_doubled_and_unknown_answers_are_named(trained, tmp_path):
     part.with_name("GQA.jsonl.part-1").write_text(first.replace("GQA-", "Cooking-") + "\n")
     with pytest.raises(ValueError, match="1 are unknown \\(Cooking-"):
         merge_parts([open_run(folder)])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_questions_about_a_picture_are_answered_by_one_process(world):
+    """As in CoIN: a few pictures with many questions, many with five or six, and questions without any."""
+    draw = np.random.default_rng(0)
+    images = [Path(f"a{i}") for i in range(9) for _ in range(31)] + [Path(f"b{i}") for i in range(40) for _ in range(6)]
+    images = [images[i] for i in draw.permutation(len(images))] + [None] * 50
+    shares = [share_of(images, rank, world) for rank in range(world)]
+    assert sorted(number for share in shares for number in share) == list(range(len(images)))
+    asked = [{images[number] for number in share} - {None} for share in shares]
+    assert sum(map(len, asked)) == len(set().union(*asked)) == 49
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert max(map(len, asked)) - min(map(len, asked)) <= 7, "a picture costs more than a question"
+
+
+def test_runs_of_one_benchmark_hold_its_questions_once(trained, tmp_path, monkeypatch):
+    def questions():
+        gc.collect()
+        return sum(type(found) is Question for found in gc.get_objects())
+
+    def watched(answerer, run, holder):
+        held.append(questions())
+        return give(answerer, run, holder)
+
+    runs, held, give = [], [], Answerer.model
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        runs.append(open_run(copy_of(trained, tmp_path / name), cells="final"))
+    monkeypatch.setattr(Answerer, "model", watched)
+    answer_share(runs, 0, 1, 8)
+    merge_parts(runs)
+    assert len(held) == 4 and set(held) == {questions()} == {3 * 7}, "three tasks of seven questions"
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    other = build_in(tmp_path / "other", {"train": 16, "dev": 4, "test": 5})
+    recipe = yaml.safe_load((tmp_path / "b/r/recipe.yaml").read_text())
+    (tmp_path / "b/r/recipe.yaml").write_text(yaml.safe_dump(recipe | {"data_root": str(other)}))
+    assert len(open_run(tmp_path / "b/r").questions["GQA"]) == 5
+    assert questions() == 5, "only those of the benchmark that was asked for last"
+
+
+def test_a_picture_that_cannot_be_opened_is_named_with_its_record(trained, tmp_path):
+    """Everything else that was asked with it is kept; mended, evaluation goes on, and the files are those of before."""
+    data = build_in(tmp_path / "mini", {"train": 16, "dev": 4, "test": 7})
+    folder = copy_of(trained, tmp_path)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe |= {"data_root": str(data), "reuse_vision_features": False}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    record = json.loads((data / "Instructions/GQA/test.json").read_text())[3]
+    [picture] = data.rglob(record["image"])
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[: len(whole) // 2])
+    message = rf"GQA/test\.json: record 3 \(question_id '{record['question_id']}'\): .*{picture.name} cannot be read"
+    with pytest.raises(OSError, match=message):
+        answer_share([open_run(folder)], 0, 1, 8)
+    [part] = folder.glob("answers/03-GQA/GQA.jsonl.part-0")
+    assert part.read_text().count("\n") == 6
+    picture.write_bytes(whole)
+    answer_share([open_run(folder)], 0, 1, 8)
+    merge_parts([open_run(folder)])
+    (tmp_path / "whole").mkdir()
+    single = copy_of(trained, tmp_path / "whole")
+    answer_share([open_run(single)], 0, 1, 1)
+    merge_parts([open_run(single)])
+    assert files(folder) == files(single)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_others(trained, tmp_path):
+    """The second process meets the picture; the first would wait two days for it."""
+    data = build_in(tmp_path / "mini", {"train": 16, "dev": 4, "test": 7})
+    folder = copy_of(trained, tmp_path)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe |= {"data_root": str(data), "reuse_vision_features": False}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    number = share_of(open_run(folder).questions["GQA"].shown, 1, 2)[0]
+    record = json.loads((data / "Instructions/GQA/test.json").read_text())[number]
+    [picture] = data.rglob(record["image"])
+    picture.write_bytes(picture.read_bytes()[:100])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        predict(tmp_path, 2), capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT, check=False
+    )
+    assert done.returncode != 0 and f"record {number} (question_id '{record['question_id']}')" in done.stderr
+    assert not list(folder.glob("answers/**/*.jsonl")) and list(folder.glob("answers/*/GQA.jsonl.part-1"))
 
 
 def test_which_cells_are_answered(trained, tmp_path):
@@ -203,9 +294,7 @@ def test_runs_of_one_row_are_told_apart_from_those_of_another(trained, tmp_path)
 @pytest.mark.slow
 def test_batches_processes_and_kills_change_no_answer_of_coin_mini(tmp_path):
     """All eight test sets, the shipped base: one at a time against batches, two processes, and a kill in the middle."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "SIZES", {"train": 8, "dev": 4, "test": 250})
-        build.build(tmp_path / "mini")
+    build_in(tmp_path / "mini", {"train": 8, "dev": 4, "test": 250})
     runs, environment = tmp_path / "runs", {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for name in ("single", "batched", "two", "killed"):
         line = [

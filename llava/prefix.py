@@ -1,0 +1,88 @@
+"""What questions about one picture share (system prompt, picture, first words), run through the model once for all.
+
+Where such a prefix ends, what of it has to be kept and where the next token stands is the backbone's matter; here it is
+LLaVA's: every picture takes the same number of tokens, so the prefixes of several pictures are rows of one cache
+without padding, and all that is kept lies in the cache. The caches are transformers' own.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from transformers import DynamicCache
+
+
+class Shared(NamedTuple):
+    """Questions whose token ids begin alike: these ids, and the questions' numbers, a list a picture."""
+
+    prefix: list[int]
+    groups: list[list[int]]
+
+
+def shared_prefixes(ids: Sequence[list[int]], images: Sequence, image_id: int) -> Iterator[Shared]:
+    """Yield the questions by the prefix that they share, those with most tokens first.
+
+    A prefix reaches at least to the picture's last token `image_id`, and on as far as all its questions are alike; it
+    leaves every question one token. Questions without a picture are one group.
+    """
+    heads = defaultdict(list)
+    for number, row in enumerate(ids):
+        after_picture = len(row) - row[::-1].index(image_id) if image_id in row else 0
+        heads[tuple(row[:after_picture])].append(number)
+    for head, numbers in sorted(heads.items(), key=lambda item: len(item[0]), reverse=True):
+        numbers.sort(key=lambda number: len(ids[number]), reverse=True)
+        rests = [ids[number][len(head) :] for number in numbers]
+        alike = rests[0][: min(_alike(min(rests), max(rests)), len(rests[-1]) - 1)]
+        groups = defaultdict(list)
+        for number in numbers:
+            groups[images[number]].append(number)
+        yield Shared([*head, *alike], list(groups.values()))
+
+
+def _alike(left: list[int], right: list[int]) -> int:
+    """How many of the first ids are equal. Of the least and the greatest of many lists: in all of them."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(left), len(right)))
+
+
+def may_pad(model) -> bool:
+    """Whether padding may stand between prefix and question: a sliding window would count it."""
+    return not any(DynamicCache(config=model.config).is_sliding)
+
+
+@dataclass
+class Prefix:
+    """The key-value cache of a prefix of `length` tokens; `rows` of it, one a picture or one a question."""
+
+    cache: DynamicCache
+    length: int
+    rows: int
+
+    @classmethod
+    def of(cls, model, ids: Sequence[int], pixels: torch.Tensor | None) -> "Prefix":
+        """Run `ids` with each of the pictures `pixels`, as the vision tower takes them; None: one row without any."""
+        rows = 1 if pixels is None else len(pixels)
+        cache, more = DynamicCache(config=model.config), {} if pixels is None else {"pixel_values": pixels}
+        inputs = torch.tensor([ids], device=model.device).expand(rows, -1)
+        model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **more)
+        return cls(cache, len(ids), rows)
+
+    def copied(self) -> "Prefix":
+        """Return one to use up, for what is run behind a cache is written into it."""
+        cache = copy.copy(self.cache)
+        # A dynamic layer puts new tensors in the place of its own; it writes into none.
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        return replace(self, cache=cache)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order, some perhaps several times."""
+        if list(rows) != list(range(self.rows)):
+            self.cache.batch_select_indices(torch.tensor(rows, device=self.cache.layers[0].keys.device))
+            self.rows = len(rows)
+
+    def positions(self, real: torch.Tensor) -> torch.Tensor:
+        """Return the positions `[rows, tokens]` of tokens behind the prefix; `real` is 0 where one is padding."""
+        return self.length - 1 + real.cumsum(-1)
