@@ -152,7 +152,8 @@ def mini_questions(folder: Path, test_samples: int) -> list[Asked]:
     model = answerer.model(trained, trained.stages[0].name)
     limit, sets = trained.recipe.stream.max_new_tokens, []
     for task in trained.tasks:
-        ids, images = answerer.ids(trained, task), [question.image for question in trained.questions(task)]
+        asked = trained.questions[task]
+        ids, images = ([of(number) for number in range(len(asked))] for of in (asked.ids, asked.picture))
         sets.append(Asked(model, answerer.processor, ids, images, limit, answerer.features))
     return sets
 
