@@ -151,6 +151,7 @@ def _merged(model, settings, given: State, adapter: Path, dtype: torch.dtype | N
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
+    settings.base_model_name_or_path = None  # the base is the one given, and no reason for a warning
     try:
         model = get_peft_model(model, settings)
     except (ValueError, TypeError, RuntimeError) as error:
