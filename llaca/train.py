@@ -24,7 +24,7 @@ from data.benchmark import image_root, open_benchmark, train_file
 from data.check import is_checked
 from llaca import ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
-from llaca.engine import cast_for_engine, config_file, sharded_loading, shards_weights, whole
+from llaca.engine import cast_for_engine, config_file, release, sharded_loading, shards_weights, whole
 from llaca.grouping import THRESHOLDS, Codebook, wordings
 from llaca.methods import METHODS, method_of
 from llaca.methods.base import Method, StageView
@@ -202,7 +202,7 @@ def train_stage(
         if method.hands_on:
             torch.save(method.memory(), folder / MEMORY)
     if recipe.run.zero != "none":
-        trainer.model_wrapped.destroy()  # its hooks on the gradients' accumulators would keep the model for ever
+        release(trainer)
     return {
         "stage": stage.name,
         "tasks": list(stage.tasks),
@@ -331,8 +331,8 @@ def train_stages(recipe: Recipe, stages: list[Stage], records: dict[str, Loaded]
             dropped = sum(len(records[task].problems) for task in stage.tasks)
             complete_stage(recipe, stage, datasets, instructions[stage.name], dropped, student, method, pool, bar)
             if recipe.run.zero != "none":
-                # DeepSpeed has sharded, cast and hooked this model. The next stage takes a new one, loaded whole, and
-                # a GPU may not have room for both.
+                # DeepSpeed has sharded, cast and hooked this model. The next stage takes a new one, and a GPU may not
+                # have room for both.
                 student = None
                 del method.stage
                 unset_hf_deepspeed_config()
