@@ -13,6 +13,7 @@ A step that the engine skips for an overflow calls no optimizer, so the method d
 llaca/callbacks.py.
 """
 
+import inspect
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -93,6 +94,23 @@ def cast_for_engine(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(dtype)
+
+
+def release(trainer: "LlavaTrainer") -> None:
+    """Lets DeepSpeed forget the model of a trainer that has trained, so that it goes with the last of our references.
+
+    `destroy` removes the hooks on the gradients' accumulators. At ZeRO 3 two more things of DeepSpeed's are global: the
+    stack of modules whose forward pass is under way, which keeps the outermost one for ever, and a cache of what to
+    release after a module, whose keys are the modules.
+    """
+    trainer.model_wrapped.destroy()
+    if zero_stage(trainer) == 3:
+        from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+        parameter_offload.FWD_MODULE_STACK.clear()
+        coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+        decorated = coordinator._PartitionedParameterCoordinator__params_to_release
+        inspect.getclosurevars(decorated).nonlocals["func"].cache_clear()
 
 
 class Piece(NamedTuple):

@@ -25,7 +25,7 @@ from data.checksums import checksum
 from data.records import DataError
 from llaca import ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
-from llaca.engine import cast_for_engine, config_file, sharded_loading, shards_weights, whole
+from llaca.engine import cast_for_engine, config_file, release, sharded_loading, shards_weights, whole
 from llaca.folders import (
     MEMORY,
     TRAINER,
@@ -255,7 +255,7 @@ def train_stage(
         if method.hands_on:
             torch.save(method.memory(), folder / MEMORY)
     if recipe.run.zero != "none":
-        trainer.model_wrapped.destroy()  # its hooks on the gradients' accumulators would keep the model for ever
+        release(trainer)
     return {
         "stage": stage.name,
         "tasks": list(stage.tasks),
@@ -381,8 +381,8 @@ def train_stages(
                 finish(stage, report | told, pool)
             ranks.wait()
             if recipe.run.zero != "none":
-                # DeepSpeed has sharded, cast and hooked this model. The next stage takes a new one, loaded whole, and
-                # a GPU may not have room for both.
+                # DeepSpeed has sharded, cast and hooked this model. The next stage takes a new one, and a GPU may not
+                # have room for both.
                 student = None
                 del method.stage
                 unset_hf_deepspeed_config()

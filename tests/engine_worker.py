@@ -17,6 +17,7 @@ from data.records import load_samples
 from llaca import ranks
 from llaca.callbacks import Tap
 from llaca.config import load_recipe
+from llaca.engine import cast_for_engine, sharded_loading
 from llaca.methods.average import MovingAverage
 from llaca.methods.base import Method
 from llava.dataset import InstructionDataset
@@ -60,9 +61,11 @@ class Weighed(MovingAverage):
 
 def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) -> dict:
     """One short training; returns the gradients' norms or the error."""
-    torch.manual_seed(0)
-    model, processor = load_base(base)
+    sharded, dtype = name.startswith("sharded"), torch.bfloat16 if name.endswith("bf16") else torch.float32
+    with sharded_loading("3" if sharded else "none", dtype):
+        model, processor = load_base(base, dtype if sharded else torch.float32)
     weighs = name == "bytes"
+    torch.manual_seed(0)
     model = attach_lora(model, 64 if weighs else 4, 8, 0.0)
     samples = load_samples(data / "train.json", data)  # 10 with a picture, 6 without
     samples = {"text": samples[10:], "turns": samples[:8] + samples[12:]}.get(name, samples)
@@ -79,6 +82,8 @@ def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) 
         calls = count()
         lost.forward = lambda x: functional.linear(x, lost.weight if next(calls) % 2 else lost.weight.detach())
     start = adapter_state(model)
+    if sharded:
+        cast_for_engine(model, dtype)
     arguments = training_arguments(
         folder / name,
         per_device_train_batch_size=2,
@@ -89,7 +94,7 @@ def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) 
         use_cpu=True,
         disable_tqdm=True,
         max_grad_norm=0.01 if name in ("clipped", "unclipped") else 0.0,
-        bf16=name == "bf16",
+        bf16=dtype == torch.bfloat16,
         deepspeed=zero,
     )
     trainer = LlavaTrainer(model, arguments, dataset, 0, None, "global", method)

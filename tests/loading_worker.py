@@ -1,7 +1,9 @@
 """What tests/test_llaca_loading.py runs in several processes: a base is loaded and adapted, and each rank tells what it
 holds, as JSON.
 
-torchrun ... tests/loading_worker.py WARMUP BASE OUT ZERO
+torchrun ... tests/loading_worker.py WARMUP BASE DATA OUT ZERO
+
+OUT.features gets the features of DATA's pictures by WARMUP in float32.
 """
 
 import gc
@@ -18,6 +20,7 @@ from llaca import ranks
 from llaca.config import load_recipe
 from llaca.methods import method_of
 from llaca.train import load_student
+from llava.dataset import Loaded, load_samples
 
 LINE = ["--method", "llaca", "--dtype", "bfloat16", "--lora_rank", "16", "--reuse-vision-features", "false"]
 
@@ -53,13 +56,14 @@ def held(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
-def load(base: str, zero: str):
-    recipe = load_recipe([*LINE, "--base", base, "--zero", zero])
-    return load_student(recipe, {}, method_of(recipe))
+def load(base: str, zero: str, records: dict | None = None):
+    more = ["--dtype", "float32", "--reuse-vision-features", "true"] if records else []
+    recipe = load_recipe([*LINE, "--base", base, "--zero", zero, *more])
+    return load_student(recipe, records or {}, method_of(recipe))
 
 
 def main() -> None:
-    warmup, base, out, zero = sys.argv[1:]
+    warmup, base, data, out, zero = sys.argv[1:]
     ranks.start(zero)
     load(warmup, zero)  # libraries come in, and their thread pools
     gc.collect()
@@ -68,7 +72,10 @@ def main() -> None:
     told = {**held(student.model), "peak": peak.most - peak.before}
     everyone = [None] * ranks.count()
     dist.all_gather_object(everyone, told)
+    samples = load_samples(Path(data) / "train.json", Path(data))
+    features = load(warmup, zero, {"pictures": Loaded(samples, [])}).features
     if ranks.first():
+        torch.save({str(s.image): features(s.image) for s in samples if s.image}, f"{out}.features")
         Path(out).write_text(json.dumps(everyone))
 
 

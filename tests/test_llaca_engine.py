@@ -99,6 +99,14 @@ def test_steps_without_pictures_do_not_see_the_projectors_gradient_of_an_earlier
 
 
 @pytest.mark.slow
+def test_a_base_that_comes_in_shards_trains_to_the_same_numbers_as_a_whole_one(alone, tiny_base, tiny_data, tmp_path):
+    told = work(tiny_base, tiny_data, tmp_path, TORCHRUN, "3", "bf16", "sharded-bf16", "plain", "sharded")
+    assert told["sharded-bf16"] == told["bf16"] and told["sharded"] == told["plain"]
+    assert told["sharded"]["norms"] == pytest.approx(alone["plain"]["norms"], rel=2e-5)
+    assert told["sharded"]["sum"] == pytest.approx(alone["plain"]["sum"], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.slow
 def test_deepspeed_clips_at_the_recipes_norm_and_nowhere_else(tiny_base, tiny_data, tmp_path):
     """A configuration without the key would clip at 1.0, whatever max_grad_norm is."""
     told = work(tiny_base, tiny_data, tmp_path, [*TORCHRUN[:-2], "1", "--"], "0", "clipping")["clipping"]

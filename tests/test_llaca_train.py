@@ -255,6 +255,8 @@ def watched(*given):
     alive = [reference for reference in seen if reference() is not None]
     assert not alive, f"{len(alive)} of {len(seen)} weights of the stages before are still in memory"
     student = load(*given)
+    frozen = [p for p in student.model.parameters() if not p.requires_grad]
+    assert {hasattr(p, "ds_id") for p in frozen} == {given[0].run.zero == "3"}, "loaded in shards, every time"
     seen.extend(weakref.ref(parameter) for parameter in student.model.parameters())
     return student
 train.load_student = watched
@@ -264,7 +266,7 @@ print(f"watched {len(seen)}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("zero", "method"), [("0", "llaca"), ("2", "lwf"), ("2", "pgp")])
+@pytest.mark.parametrize(("zero", "method"), [("0", "llaca"), ("2", "lwf"), ("2", "pgp"), ("3", "llaca")])
 def test_under_deepspeed_the_model_of_a_stage_goes_before_the_next_comes(arguments, tmp_path, zero, method):
     """A GPU may have no room for two 13B bases. One rank, which holds all of a tensor, but flat, trains as without."""
     script = tmp_path / "watch.py"
