@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from data.benchmark import image_root, open_benchmark, train_file
 from data.check import is_checked
-from llaca import ranks
+from llaca import hosts, ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
 from llaca.grouping import THRESHOLDS, Codebook, wordings
 from llaca.methods import METHODS, method_of
@@ -267,11 +267,10 @@ def run(recipe: Recipe) -> Path:
     """
     method = method_of(recipe)
     ranks.start(recipe.run.zero)
-    records = load_stream(recipe)
-    if ranks.first():
-        open_run(recipe)
-    ranks.wait()
-    folder = open_run(recipe)
+    hosts.start_alike(recipe)
+    records = hosts.together(lambda: load_stream(recipe))
+    hosts.together(lambda: open_run(recipe) if ranks.first() else None)
+    folder = hosts.together(lambda: open_run(recipe))
     if not method.trains:
         return folder
     with only_one(folder) if ranks.first() else nullcontext():
@@ -384,6 +383,13 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("LLACA_TRACEBACK"):
             raise
         sys.exit(f"llaca.train: {error}\n(LLACA_TRACEBACK=1 shows where)")
+    except RuntimeError as error:
+        if os.environ.get("LLACA_TRACEBACK") or not hosts.lost(error):
+            raise
+        sys.exit(
+            f"llaca.train: another process of this run has gone, see its own messages: {error}\n"
+            "What is saved is whole; the same command on every host goes on from there"
+        )
     tqdm.write(f"{recipe.run.run}: done, {folder}")
 
 
