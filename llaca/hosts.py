@@ -153,8 +153,12 @@ class Heartbeat:
                         self.heard[rank] = (value, time.monotonic())
 
     def _watch(self) -> None:
+        before = time.monotonic()
         while not self.stopped.wait(min(BEAT, self.silence / 4)):
             now = time.monotonic()
+            if now - before > self.silence / 2:  # this process was stopped itself, and perhaps all were
+                self.heard.update({rank: (value, now) for rank, (value, _) in self.heard.items()})
+            before = now
             silent = [rank for rank, (_, when) in self.heard.items() if now - when > self.silence]
             if silent:
                 who = ", ".join(f"rank {rank} on {self.names[rank]}" for rank in silent)

@@ -1,9 +1,11 @@
 """The processes of one run: one alone, or those that torchrun or DeepSpeed started."""
 
+import fcntl
 import os
 import resource
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -21,8 +23,29 @@ def start(zero: str = "none", patience: timedelta = timedelta(minutes=30)) -> No
     cpu = not torch.cuda.is_available()
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if cpu and zero != "none":
+        build_operation()
     several = {"timeout": patience} if "RANK" in os.environ else {}
     PartialState(cpu=cpu, **several, **({"backend": "gloo"} if cpu and several else {}))
+
+
+def build_operation() -> None:
+    """Has DeepSpeed compile what it needs on a CPU, before its own start would, under a lock that ends with its holder.
+
+    torch's lock is a file. A process that is killed while it compiles leaves it there, and all later ones wait for
+    ever.
+    """
+    import deepspeed
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return
+    folder = Path(_get_build_directory(builder.name, False))
+    with (folder / "holder").open("w") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def count() -> int:

@@ -31,15 +31,15 @@ ROOT = Path(__file__).parents[1]
 ENGINES = ("one", "ddp", "0", "1", "2", "3", "3-offload")
 # name -> (least seconds that are worth a start, seconds at most)
 PARTS = {
-    "machine": (5, 60),
+    "machine": (5, 90),
     "step": (30, 150),
-    "average": (10, 60),
-    **{f"engine-{name}": (10, 90) for name in ENGINES},
-    "agreement": (5, 30),
-    "answers": (20, 90),
-    "step-plain": (30, 120),
-    "nf4": (20, 120),
-    "attention": (10, 60),
+    "average": (10, 90),
+    **{f"engine-{name}": (10, 120) for name in ENGINES},
+    "agreement": (5, 90),
+    "answers": (20, 120),
+    "step-plain": (30, 150),
+    "nf4": (20, 150),
+    "attention": (10, 90),
 }
 LINES = 15  # of a failure that are kept
 

@@ -171,6 +171,7 @@ def engine(context: Context, name: str) -> Part:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ["TORCHELASTIC_RUN_ID"] = "gpu_check"  # as under torchrun
     ranks.start(zero)
     found, config = {}, configuration(TINY)
     for dtype in ("float32", "bfloat16") if context.cuda and name != "0" else ("float32",):

@@ -4,9 +4,9 @@
 #   RECIPE=configs/coin_llava7b.yaml METHOD=llaca SEED=0 FLAGS="--zero 2" \
 #       sbatch --nodes 1 --gpus-per-node 8 --cpus-per-task 64 --time 24:00:00 scripts/slurm.sh
 #
-# SIGTERM comes ten minutes before the time is up: the run saves at the next line of its log (--logging-steps), and
-# SLURM starts the job again until it is done. `scancel --signal TERM JOB` does the same at any time; `scancel JOB` ends
-# the job for good. GPUS_PER_NODE counts processes a node where SLURM does not count GPUs; else all GPUs are taken.
+# SIGTERM comes ten minutes before the time is up: the run saves and ends, and SLURM starts the job again until it is
+# done. `scancel --signal TERM JOB` does the same at any time; `scancel JOB` ends the job for good. GPUS_PER_NODE counts
+# the processes of a node where SLURM does not count its GPUs; without it all GPUs are taken. docs/ENGINES.md, Several hosts
 #SBATCH --job-name llaca
 #SBATCH --ntasks-per-node 1
 #SBATCH --signal TERM@600

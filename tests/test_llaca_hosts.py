@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from test_llaca_train import adapters, arguments, mini  # noqa: F401
+from torch.utils.cpp_extension import _get_build_directory
 
 from scripts.two_hosts import possible
 
@@ -41,11 +44,20 @@ class Hosts:
             assert self.process.poll() is None, self.tell[-3000:]
             time.sleep(0.02)
 
+    def processes(self, number: int) -> list[psutil.Process]:
+        """All that run on a host."""
+        (pid,) = re.findall(rf"host-{number}: process (\d+)", self.tell)
+        return psutil.Process(int(pid)).children(recursive=True)
+
     def stop(self, number: int) -> None:
         """The host falls silent: its processes do nothing more and close nothing."""
-        (pid,) = re.findall(rf"host-{number}: process (\d+)", self.tell)
-        for process in psutil.Process(int(pid)).children(recursive=True):
+        for process in self.processes(number):
             process.suspend()
+
+    def resume(self, number: int) -> None:
+        """It goes on."""
+        for process in self.processes(number):
+            process.resume()
 
     def end(self, seconds: float) -> int:
         """The exit status."""
@@ -110,6 +122,13 @@ def test_a_host_that_falls_silent_is_not_waited_for(tmp_path, number):
     hosts.until(lambda: all(Path(f"{out}.{rank}").exists() for rank in (0, 1)))
     time.sleep(4)  # longer than the silence that is borne
     assert hosts.process.poll() is None, hosts.tell
+    for host in (0, 1):
+        hosts.stop(host)  # as a scheduler does that gives the machines to another job for a while
+    time.sleep(4)
+    for host in (0, 1):
+        hosts.resume(host)
+    time.sleep(2)
+    assert hosts.process.poll() is None, hosts.tell
     hosts.stop(number)
     gone = f"no sign of life for 3 s from rank {number} on "
     hosts.until(lambda: gone in hosts.tell)
@@ -126,3 +145,23 @@ def test_a_run_folder_that_is_not_shared_is_refused(arguments, tmp_path):  # noq
     assert hosts.end(300) == 1
     assert hosts.tell.count("on host-0 cannot be seen from host-1: give a --runs-dir") == 2, hosts.tell[-3000:]
     assert not list(runs.iterdir())
+
+
+def test_a_compilation_that_was_killed_is_not_waited_for(tmp_path):
+    """torch marks a build by a file, which a killed process leaves behind, and waits until there is none."""
+    name = "deepspeed_shm_comm"
+    folder, built = tmp_path / name, Path(_get_build_directory(name, False))
+    shutil.copytree(built, folder)  # what is built already need not be compiled again
+    (folder / "lock").touch()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = ENVIRONMENT | one | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    line = [
+        sys.executable,
+        "-c",
+        "from llaca import ranks; ranks.start('2'); import deepspeed; deepspeed.init_distributed('gloo')",
+    ]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=40)
+    assert done.returncode == 0 and f"{name}_op built" in done.stdout, done.stderr
+    assert not (folder / "lock").exists()
