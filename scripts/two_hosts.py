@@ -1,13 +1,12 @@
 """Two hosts on one machine: runs a command on both, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set.
 
-    python -m scripts.two_hosts [--private DIR] [--local] -- COMMAND ...
+    python -m scripts.two_hosts [--local] -- COMMAND ...
 
 Each host is a set of Linux namespaces: it has its own network interface, host name (host-0, host-1), /etc/hosts and
 processes, and shares the file system. Nothing of it outlives its processes, so nothing is left behind whatever happens.
 It needs root, `ip` and `unshare` (Debian: iproute2, util-linux).
 
---private DIR   host-1 sees an empty folder of its own in the place of DIR
---local         no namespaces: both hosts are this machine, at 127.0.0.1
+--local   no namespaces: both hosts are this machine, at 127.0.0.1
 
 Ends when both hosts have ended, with the first exit status that is not 0. It writes `host-0: process N` and
 `host-1: process N` to standard error, and takes these signals:
@@ -52,12 +51,11 @@ def die_with_parent() -> None:
 class Host:
     """The command on host `number`; `process` is gone when everything on the host is gone."""
 
-    def __init__(self, number: int, command: list[str], private: Path | None, local: bool, port: int):
+    def __init__(self, number: int, command: list[str], local: bool, port: int):
         self.local = local
         address = "127.0.0.1" if local else ADDRESSES[0]
         names = {"NNODES": "2", "NODE_RANK": str(number), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
         inside = [sys.executable, __file__, "--inside", str(number)]
-        inside += ["--private", str(private)] if private and number else []
         inside += ["--local"] if local else []
         self.process = subprocess.Popen(
             [*([] if local else NAMESPACES), *inside, "--", *command],
@@ -100,11 +98,11 @@ def connect(hosts: list[Host]) -> None:
     subprocess.run(["ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1]], check=True)
 
 
-def run(command: list[str], private: Path | None = None, local: bool = False) -> int:
+def run(command: list[str], local: bool = False) -> int:
     """Runs the command on both hosts; returns the first exit status that is not 0."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
-    hosts = [Host(number, command, private, local, port) for number in range(2)]
+    hosts = [Host(number, command, local, port) for number in range(2)]
 
     def forward(signum, _):
         for host in hosts:
@@ -133,7 +131,7 @@ def run(command: list[str], private: Path | None = None, local: bool = False) ->
     return next((status if status > 0 else 128 - status for status in found if status), 0)
 
 
-def inside(number: int, command: list[str], private: Path | None, local: bool) -> int:
+def inside(number: int, command: list[str], local: bool) -> int:
     """What the first process of a host does: its name, its address, then the command."""
     if not sys.stdin.readline():
         return 1  # there is no network
@@ -152,8 +150,6 @@ def inside(number: int, command: list[str], private: Path | None, local: bool) -
         for name, content in files.items():
             Path("/mnt", name).write_text(content)
             subprocess.run(["mount", "--bind", f"/mnt/{name}", f"/etc/{name}"], check=True)
-    if private:
-        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(private)], check=True)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda number, _: child.send_signal(number))
@@ -164,18 +160,15 @@ def inside(number: int, command: list[str], private: Path | None, local: bool) -
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--private", type=Path)
     parser.add_argument("--local", action="store_true")
     parser.add_argument("--inside", type=int, help=argparse.SUPPRESS)
     parser.add_argument("command", nargs="+")
     args = parser.parse_args()
     if args.inside is not None:
-        sys.exit(inside(args.inside, args.command, args.private, args.local))
+        sys.exit(inside(args.inside, args.command, args.local))
     if not args.local and not possible():
         sys.exit("two_hosts: namespaces cannot be made here; it needs root, ip and unshare, or --local")
-    if args.local and args.private:
-        sys.exit("two_hosts: --private needs namespaces; leave out --local")
-    sys.exit(run(args.command, args.private, args.local))
+    sys.exit(run(args.command, args.local))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def alike(recipe: str, runs: str) -> dict[str, str]:
     """One difference after the other, of the second process."""
     line, second = ["--recipe", recipe, "--runs-dir", runs, "--method", "lora"], ranks.rank() == 1
     told = {"same": raised(lambda: hosts.start_alike(load_recipe(line)))}
+    ranks.wait()
     told["left"] = str(list(Path(runs).glob("*")))
     told["seed"] = raised(lambda: hosts.start_alike(load_recipe([*line, "--seed", str(ranks.rank())])))
     usual = hosts.environment, hosts.checksums, hosts.run_folder
