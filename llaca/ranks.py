@@ -1,9 +1,12 @@
 """The processes of one run: one alone, or those that torchrun or DeepSpeed started."""
 
+import fcntl
 import os
 import resource
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +31,52 @@ def start(zero: str = "none", patience: timedelta = timedelta(minutes=30)) -> No
     cpu = not torch.cuda.is_available()
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if cpu and zero != "none":
+        build_operation()
+    if cpu and "RANK" in os.environ:
+        check_address()
     several = {"timeout": patience} if "RANK" in os.environ else {}
     PartialState(cpu=cpu, **several, **({"backend": "gloo"} if cpu and several else {}))
+
+
+def check_address() -> None:
+    """Raises ValueError where gloo would listen at an address of this host that other hosts cannot reach."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # torchrun's, DeepSpeed's
+    if here == os.environ["WORLD_SIZE"] or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    own, first = (resolved(name) for name in (socket.gethostname(), os.environ["MASTER_ADDR"]))
+    if own.startswith("127.") and not first.startswith("127."):
+        raise ValueError(
+            f"{socket.gethostname()} resolves to {own}, where no other host can reach it: set GLOO_SOCKET_IFNAME to "
+            "the network interface that leads to the other hosts, or correct /etc/hosts"
+        )
+
+
+def resolved(name: str) -> str:
+    """The IPv4 address of a host, empty if it has none."""
+    try:
+        return socket.gethostbyname(name)
+    except OSError:
+        return ""
+
+
+def build_operation() -> None:
+    """Has DeepSpeed compile what it needs on a CPU, before its own start would, under a lock that ends with its holder.
+
+    torch's lock is a file. A process that is killed while it compiles leaves it there, and all later ones wait for
+    ever.
+    """
+    import deepspeed
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return
+    folder = Path(_get_build_directory(builder.name, False))
+    with (folder / "holder").open("w") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def count() -> int:

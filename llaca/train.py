@@ -11,7 +11,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from data.benchmark import image_root, open_benchmark, train_file
 from data.checksums import checksum
 from data.records import DataError
-from llaca import ranks
+from llaca import hosts, ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
 from llaca.engine import cast_for_engine, config_file, release, sharded_loading, shards_weights, whole
 from llaca.folders import (
@@ -119,8 +119,8 @@ def load_stream(recipe: Recipe) -> dict[str, TaskRecords]:
         for task in ordered(stream.tasks, stream.order)
     }
     files, faults, first = list(sources.values()), None, ranks.first_of_host()
+    found = hosts.together(lambda: open_records(files, benchmark.image_root, vocabulary) if first else {})
     if first:
-        found = open_records(files, benchmark.image_root, vocabulary)
         faults = faults_of(found.values())
     faults = ranks.agreed(faults, "which pictures are whole")
     if not first:
@@ -317,12 +317,13 @@ def run(recipe: Recipe) -> Path:
     """
     method = method_of(recipe)
     ranks.start(recipe.run.zero)
+    hosts.start_alike(recipe)
     environment()  # of all ranks
     records, folder = load_stream(recipe), run_folder(recipe)
-    with reserved(recipe) if ranks.first() else nullcontext(lambda: folder) as freeze:
-        ranks.wait()
+    with ExitStack() as held:
+        freeze = hosts.together(lambda: held.enter_context(reserved(recipe)) if ranks.first() else lambda: folder)
         if not method.trains:
-            return freeze()
+            return hosts.together(freeze)
         stages = stages_of(recipe, method.joint, folder)
         check_order(stages)
         for stage in stages if ranks.first() else ():
@@ -354,8 +355,7 @@ def train_stages(
     pool = Pool(recipe.method.grouping, codebook, recipe.method.new_group_start, method.oracle)
     settings = {stage.name: recipe.for_stage(stage.tasks, ranks.count()) for stage in stages}
     total = sum(settings[stage.name].steps(len(datasets[stage.task]), ranks.count()) for stage in stages)
-    freeze()
-    ranks.wait()
+    hosts.together(freeze)
     line = int(os.environ.get("LLACA_BAR", 0))  # of the terminal, where several runs share it
     with tqdm(total=total, desc=recipe.run.run, unit="step", position=line, disable=not ranks.first()) as bar:
         for stage in stages:
@@ -432,6 +432,13 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("LLACA_TRACEBACK"):
             raise
         sys.exit(f"llaca.train: {error}\n(LLACA_TRACEBACK=1 shows where)")
+    except RuntimeError as error:
+        if os.environ.get("LLACA_TRACEBACK") or not hosts.lost(error):
+            raise
+        sys.exit(
+            f"llaca.train: another process of this run has gone, see its own messages: {error}\n"
+            "What is saved is whole; the same command on every host goes on from there"
+        )
     tqdm.write(f"{recipe.run.run}: done, {folder}")
 
 
