@@ -1,9 +1,9 @@
 """Scores of answer files: every answer read once, scored three ways.
 
-    python -m eval.score --data DIR --answers DIR [--instructions diverse] [--split dev] [--scoring legacy]
+    python -m eval.score --data DIR [--answers DIR] [--instructions diverse] [--split dev] [--scoring legacy]
 
-prints one JSON object {task: accuracy in percent} for the files <Task>.jsonl found in the answers folder.
-Rows are {question_id, prompt, text}. Also here: the question-only majority baseline, which every table shows.
+prints one JSON object {task: accuracy in percent} for the files <Task>.jsonl found in the answers folder; without one,
+of the question-only majority baseline, which every table shows. Rows are {question_id, prompt, text}.
 """
 
 from __future__ import annotations
@@ -325,13 +325,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the scores of a folder of answers as one JSON object; a wrong input ends with its message."""
     parser = argparse.ArgumentParser(prog="python -m eval.score", description="Score a folder of answer files.")
     parser.add_argument("--data", type=Path, required=True, help="data root: Instructions*/ and cl_dataset/")
-    parser.add_argument("--answers", type=Path, required=True, help="folder with <Task>.jsonl files")
+    parser.add_argument("--answers", type=Path, help="folder with <Task>.jsonl files; without: the majority baseline")
     parser.add_argument("--instructions", choices=INSTRUCTION_SETS, default="original")
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--scoring", choices=MODES, default="official")
     options = parser.parse_args(arguments)
     try:
-        scores = score_folder(options.answers, options.data, options.instructions, options.split, options.scoring)
+        where = (options.data, options.instructions, options.split)
+        if options.answers is None:
+            tasks = open_benchmark(options.data).tasks
+            scores = {task: majority_baseline(task, *where, scoring=options.scoring) for task in tasks}
+        else:
+            scores = score_folder(options.answers, *where, options.scoring)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"eval.score: {error}") from error
     print(json.dumps(scores, indent=1))
