@@ -35,6 +35,7 @@ from scripts.random_llava import ROOT, SIZES, TINY, Context, Records, asked, con
 
 ZERO = ROOT / "scripts"
 AGREE = 1e-4  # relative, in float32 without TF32
+ENGINES = 1e-3  # Adam divides by gradients that are next to nothing here, and by their rounding
 PLAN = 0.15
 SECANT = 1e-3  # it divides by small differences
 
@@ -207,7 +208,7 @@ def agreement(context: Context) -> Part:
             apart = max(float((ours[kind][key] - t).norm() / t.norm().clamp(min=1e-6)) for key, t in wanted.items())
             found[f"{name} {dtype} {kind}"] = apart
             if dtype == "float32":
-                checks[f"{kind} of {name}"] = (apart, AGREE)
+                checks[f"{kind} of {name}"] = (apart, ENGINES)
     if not found:
         raise ValueError("no engine has handed on anything to compare")
     return Part(found, checks)

@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from llava.model import attach_lora, trainable_parameters
+from llava.generate import encode_questions
+from llava.image import load_image, to_pixels
+from llava.model import attach_lora, load_processor, trainable_parameters
 from scripts import gpu_check
-from scripts.random_llava import SIZES, TINY, random_model
+from scripts.random_llava import SIZES, TINY, Context, Records, asked, configuration, random_model
 
 ROOT = Path(__file__).parents[1]
 KEYS = {"status", "seconds", "found", "checks", "error"}
@@ -90,6 +92,22 @@ def test_a_random_model_has_the_real_ones_tensors_and_no_empty_one():
     )
 
 
-def test_the_recipes_7b_is_what_is_checked():
+def test_what_is_asked_at_7b_fits_its_sizes(tmp_path):
+    """No CPU runs that, so its processor and records are looked at: 336 pixels, 576 tokens of the picture."""
     size = SIZES["7b"]
-    assert (size.base / "config.json").is_file() and size.dtype == torch.bfloat16
+    assert size.dtype == torch.bfloat16 and size.batch == 16
+    context = Context(torch.device("cpu"), "7b", size, tmp_path)
+    config = configuration(size.base, 4)
+    processor, questions, paths = asked(context, config)
+    assert len(questions) == len(paths) == 4 * size.pictures
+    pixels = to_pixels(processor.image_processor, [load_image(paths[0])])
+    ids = encode_questions(config, processor.tokenizer, questions[:1], paths[:1])[0]
+    assert pixels.shape == (1, 3, 336, 336) and ids.count(config.image_token_id) == 576
+    item = Records(config, 1, size.tokens)[0]
+    assert (item["input_ids"] == config.image_token_id).sum() == 576 and len(item["input_ids"]) == 700
+    config.text_config.vocab_size = len(processor.tokenizer)
+    processor.save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    load_processor(tmp_path, LlavaConfig.from_pretrained(tmp_path))  # raises unless they fit
+    assert context.recipe().train.batch_size == 16
+    assert context.recipe().for_stage(("GQA",)).gradient_accumulation == 1
