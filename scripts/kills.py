@@ -1,6 +1,6 @@
 """Kills runs at chosen moments, types the same command again, and compares what comes out with runs left alone.
 
-    python -m scripts.kills [--times 100] [--engines "one process" "DDP x2" "ZeRO 2 x2"] [--moments ...] [--seed 0]
+    python -m scripts.kills [--times 100] [--engines "one process" "DDP x2" "ZeRO 2 x2" "two hosts"] [--moments ...] [--seed 0]
                             [--work DIR] [--out FILE]
 
 Trains a short stream of CoIN-mini with llaca, a checkpoint every other step, and evaluates it. Every kill is SIGKILL,
@@ -80,6 +80,15 @@ class Machine:
         return "one" if alone else "all"
 
 
+class TwoHosts(Machine):
+    """Trains on two hosts that scripts/two_hosts.py makes of this machine, and evaluates on this one."""
+
+    def start(self, line: list[str], log: Path) -> subprocess.Popen:
+        """As Machine's."""
+        hosts = [sys.executable, "-m", "scripts.two_hosts", "--"]
+        return super().start([*hosts, *line] if any("train" in word for word in line[:2]) else line, log)
+
+
 @dataclass
 class Engine:
     """Flags of train_continual.sh, and of eval_all.sh; `machine` is where both run."""
@@ -93,6 +102,9 @@ ENGINES = {
     "one process": Engine(["--batch-size", "8"], ["--num-gpus", "1"]),
     "DDP x2": Engine(["--launcher", "torchrun", "--num-gpus", "2", "--batch-size", "4"], ["--num-gpus", "2"]),
     "ZeRO 2 x2": Engine(["--num-gpus", "2", "--zero", "2", "--batch-size", "4"], ["--num-gpus", "2"]),
+    "two hosts": Engine(
+        ["--launcher", "torchrun", "--num-gpus", "1", "--batch-size", "4"], ["--num-gpus", "2"], TwoHosts()
+    ),
 }
 
 
