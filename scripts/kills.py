@@ -1,7 +1,7 @@
 """Kills runs at chosen moments, types the same command again, and compares what comes out with runs left alone.
 
-    python -m scripts.kills [--times 100] [--engines "one process" "DDP x2" "ZeRO 2 x2" "two hosts"] [--moments ...] [--seed 0]
-                            [--work DIR] [--out FILE]
+    python -m scripts.kills [--times 100] [--engines "one process" "DDP x2" "ZeRO 2 x2" "two hosts"] [--moments ...]
+                            [--seed 0] [--work DIR] [--out FILE]
 
 Trains a short stream of CoIN-mini with llaca, a checkpoint every other step, and evaluates it. Every kill is SIGKILL,
 to all processes at the same instant or, one in four, to one of them alone, after which the others have to end by
@@ -86,7 +86,7 @@ class TwoHosts(Machine):
     def start(self, line: list[str], log: Path) -> subprocess.Popen:
         """As Machine's."""
         hosts = [sys.executable, "-m", "scripts.two_hosts", "--"]
-        return super().start([*hosts, *line] if any("train" in word for word in line[:2]) else line, log)
+        return super().start([*hosts, *line] if "llaca.launch" in line else line, log)
 
 
 @dataclass
