@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data.records import load_samples
 from llaca import ranks
 from llaca.config import load_recipe
 from llaca.methods import method_of
-from llaca.train import load_student
-from llava.dataset import Loaded, load_samples
+from llaca.train import TaskRecords, load_student
+from llava.prepare import Prepared, Source
+from llava.tokens import training_columns
 
 LINE = ["--method", "llaca", "--dtype", "bfloat16", "--lora_rank", "16", "--reuse-vision-features", "false"]
 
@@ -73,7 +75,9 @@ def main() -> None:
     everyone = [None] * ranks.count()
     dist.all_gather_object(everyone, told)
     samples = load_samples(Path(data) / "train.json", Path(data))
-    features = load(warmup, zero, {"pictures": Loaded(samples, [])}).features
+    columns = training_columns(samples, "last line", None)
+    whole = Prepared(Source(Path(data) / "train.json", "train", "last line"), columns)
+    features = load(warmup, zero, {"pictures": TaskRecords("pictures", whole, whole.rows, 0)}).features
     if ranks.first():
         torch.save({str(s.image): features(s.image) for s in samples if s.image}, f"{out}.features")
         Path(out).write_text(json.dumps(everyone))

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from data.pictures import load_image
 from llava.generate import encode_questions
-from llava.image import load_image, to_pixels
+from llava.image import to_pixels
 from llava.model import attach_lora, load_processor, trainable_parameters
 from scripts import gpu_check
 from scripts.random_llava import SIZES, TINY, Context, Records, asked, configuration, random_model

@@ -170,9 +170,9 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
 @pytest.mark.parametrize(
     ("name", "spoil", "told"),
     [
-        (WEIGHTS, lambda content: content[:-7], r"cut short or damaged .*copy it again, or remove .*01-TextVQA/DONE"),
-        (WEIGHTS, lambda content: POINTER, r"pointer of Git LFS.*git lfs pull.*remove .*01-TextVQA/DONE"),
-        ("adapter/adapter_config.json", lambda content: content[:40], r"cut short or damaged .*01-TextVQA/DONE"),
+        (WEIGHTS, lambda content: content[:-7], r"is cut off: .*copy it again, or remove .*01-TextVQA/DONE"),
+        (WEIGHTS, lambda content: POINTER, r"Git LFS pointer.*git lfs pull.*remove .*01-TextVQA/DONE"),
+        ("adapter/adapter_config.json", lambda content: content[:40], r"is cut off after 40 bytes.*01-TextVQA/DONE"),
     ],
 )
 def test_a_file_of_a_done_stage_that_was_cut_short_is_named_with_the_remedy(broken_off, name, spoil, told):
