@@ -20,9 +20,8 @@ import torch
 from tqdm import tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from data.benchmark import image_root, open_benchmark, train_file
+from data.benchmark import image_root, open_benchmark
 from data.checksums import checksum
-from data.records import DataError
 from llaca import hosts, ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
 from llaca.engine import cast_for_engine, config_file, release, sharded_loading, shards_weights, whole
@@ -42,6 +41,7 @@ from llaca.grouping import THRESHOLDS, Codebook
 from llaca.methods import METHODS, method_of
 from llaca.methods.base import Method, StageView
 from llaca.pool import Choice, Pool
+from llaca.records import TaskRecords, load_stream, stage_datasets, stage_wordings
 from llaca.stream import (
     Stage,
     check_order,
@@ -49,25 +49,20 @@ from llaca.stream import (
     environment,
     frozen,
     leave_at_once,
-    ordered,
     reserved,
     run_folder,
     stages_of,
     write_atomically,
 )
-from llava.conversation import Vocabulary
 from llava.dataset import InstructionDataset
 from llava.features import FeatureCache, stored_features, use_features
 from llava.model import (
     adapter_state,
-    image_tokens,
     load_base,
-    open_processor,
     reset_projector,
     save_adapter,
     set_adapter_state,
 )
-from llava.prepare import Prepared, Source, faults_of, open_records
 
 
 @dataclass
@@ -80,62 +75,11 @@ class Student:
     features: FeatureCache | None
 
 
-@dataclass
-class TaskRecords:
-    """The training records of one task: those `rows` of a file's columns that a run uses. `dropped`: how many of the
-    others cannot be used."""
-
-    task: str
-    prepared: Prepared
-    rows: np.ndarray
-    dropped: int
-
-    @property
-    def source(self) -> Path:
-        return self.prepared.source.path
-
-    def wordings(self, grouping: bool) -> list[str]:
-        """The distinct instructions. Raises DataError for a record without one, where tasks are grouped by them."""
-        return self.prepared.wordings(self.rows, grouping)
-
-
 def seed_everything(seed: int) -> None:
     """Python's, numpy's and torch's generators."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def load_stream(recipe: Recipe) -> dict[str, TaskRecords]:
-    """The training records of every task, with what is left out of an unchecked one.
-
-    All are validated, tokenised and their pictures looked at before anything is trained (raises DataError), by the
-    first process of every host, unless that has been done before; all map the same files.
-    """
-    stream, benchmark = recipe.stream, open_benchmark(recipe.stream.data_root)
-    vocabulary = Vocabulary.of(open_processor(recipe.model.base)[1].tokenizer)
-    sources = {
-        task: Source(train_file(benchmark, stream.instructions, task), "train", benchmark.task(task).instruction)
-        for task in ordered(stream.tasks, stream.order)
-    }
-    files, faults, first = list(sources.values()), None, ranks.first_of_host()
-    found = hosts.together(lambda: open_records(files, benchmark.image_root, vocabulary) if first else {})
-    if first:
-        faults = faults_of(found.values())
-    faults = ranks.agreed(faults, "which pictures are whole")
-    if not first:
-        found = open_records(files, benchmark.image_root, vocabulary, faults=faults)
-    records = {}
-    for task in stream.tasks:
-        one = found[sources[task]]
-        if isinstance(one, DataError):
-            raise one
-        rows = one.usable(stream.unchecked)
-        if not len(rows):
-            raise DataError(one.source.path, ["no record can be used"])
-        dropped = one.columns.told["records"] - len(rows)
-        records[task] = TaskRecords(task, one, rows[: stream.max_train_samples or None], dropped)
-    return records
 
 
 def load_student(
@@ -160,30 +104,6 @@ def load_student(
     seed_everything(recipe.run.seed)
     model = method.attach(model, config)
     return Student(model, processor, adapter_state(model, "cpu"), features)
-
-
-def stage_datasets(
-    recipe: Recipe, stages: list[Stage], records: dict[str, TaskRecords], student: Student
-) -> dict[str, InstructionDataset]:
-    """The training set of every stage by its task. Raises DataError for records that the maximum length makes unusable,
-    unless the run is unchecked."""
-    root, unchecked = image_root(recipe.stream.data_root), recipe.stream.unchecked
-    tokens, made = image_tokens(student.model.config), {}
-
-    def dataset(task: str, max_length: int) -> InstructionDataset:
-        own = records[task]
-        columns, rows = own.prepared.columns, own.rows
-        return InstructionDataset(
-            columns, student.processor, tokens, max_length, student.features, own.source, root, rows, unchecked
-        )
-
-    for stage in stages:
-        if len(stage.tasks) == 1:
-            made[stage.task] = dataset(stage.task, recipe.for_stage(stage.tasks).max_length)
-        else:
-            first, *others = (dataset(task, recipe.train.max_length) for task in stage.tasks)
-            made[stage.task] = first.joined([(other, range(len(other))) for other in others])
-    return made
 
 
 def train_stage(
@@ -332,12 +252,6 @@ def run(recipe: Recipe) -> Path:
         if not all(stage.done for stage in stages):
             train_stages(recipe, stages, records, method, freeze)
     return folder
-
-
-def stage_wordings(recipe: Recipe, stages: list[Stage], records: dict[str, TaskRecords]) -> dict[str, list[str]]:
-    """The instructions of every stage by its name. Raises DataError as `TaskRecords.wordings` does."""
-    own = {task: one.wordings(recipe.method.grouping) for task, one in records.items()}
-    return {stage.name: sorted({text for task in stage.tasks for text in own[task]}) for stage in stages}
 
 
 def train_stages(

@@ -26,7 +26,8 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from data.mini.build import build, is_built
 from llaca.config import CONFIGS, load_recipe
 from llaca.plan import GB, plan
-from llaca.train import load_stream, run
+from llaca.records import load_stream
+from llaca.train import run
 from llava.base import read_base, split_base, write_base
 from llava.dataset import InstructionDataset
 from llava.image import padding_processor

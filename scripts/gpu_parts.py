@@ -55,6 +55,7 @@ def held(context: Context) -> int:
 
 
 def machine(context: Context) -> Part:
+    """What the machine is and what torch may use of it."""
     from llaca.stream import environment
     from llava.trainer import training_arguments
 
@@ -78,6 +79,7 @@ def machine(context: Context) -> Part:
 
 
 def step(context: Context, *more: str) -> Part:
+    """Step times with gradient checkpointing, or as the recipe fields `more` say."""
     from llaca import ranks
     from llava.model import attach_lora
 
@@ -113,6 +115,7 @@ def timed(context: Context, model, recipe: Recipe, more: tuple[str, ...]) -> Par
 
 
 def step_plain(context: Context) -> Part:
+    """Step times without gradient checkpointing, where the plan says that they fit."""
     from llaca.plan import plan
 
     room = 0.85 * (torch.cuda.get_device_properties(0).total_memory if context.cuda else 1e12)
@@ -125,6 +128,7 @@ def step_plain(context: Context) -> Part:
 
 
 def average(context: Context) -> Part:
+    """The average at the model's shapes: the time of a step, and the GPU's half of the arithmetic against the CPU's."""
     from scripts.bench_ema import shapes
 
     generator = torch.Generator().manual_seed(2)
@@ -162,6 +166,7 @@ def average(context: Context) -> Part:
 
 
 def engine(context: Context, name: str) -> Part:
+    """A few steps under one engine with the average on; what it hands on goes into a file."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from llaca import ranks
@@ -197,6 +202,7 @@ def engine(context: Context, name: str) -> Part:
 
 
 def agreement(context: Context) -> Part:
+    """How far apart the engines are in what they hand on."""
     found, checks = {}, {}
     for path in sorted(context.work.glob("engine-*/handed.pt")):
         name, dtype = path.parent.name.removeprefix("engine-").rsplit("-", 1)
@@ -215,6 +221,7 @@ def agreement(context: Context) -> Part:
 
 
 def answers(context: Context) -> Part:
+    """Answers a second, by picture and one question at a time."""
     from llava.generate import generate_answers
 
     config = configuration(context.size.base)
@@ -243,6 +250,7 @@ def inputs(context: Context, config) -> dict[str, torch.Tensor]:
 
 
 def nf4(context: Context) -> Part:
+    """Steps on an NF4 base: their time and memory."""
     from llaca import ranks
     from llava.model import attach_lora, load_base
 
@@ -275,6 +283,7 @@ def nf4(context: Context) -> Part:
 
 
 def attention(context: Context) -> Part:
+    """Which implementations of attention run, and how far apart their logits are."""
     size = context.size
     config = configuration(size.base, size.layers)
     model = random_model(config, size.dtype, context.device).eval()

@@ -20,7 +20,8 @@ from data.records import load_samples
 from llaca import ranks
 from llaca.config import load_recipe
 from llaca.methods import method_of
-from llaca.train import TaskRecords, load_student
+from llaca.records import TaskRecords
+from llaca.train import load_student
 from llava.prepare import Prepared, Source
 from llava.tokens import training_columns
 
