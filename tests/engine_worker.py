@@ -81,7 +81,7 @@ def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) 
         lost = next(module for path, module in model.named_modules() if f"{path}.weight".endswith(FAULTY))
         calls = count()
         lost.forward = lambda x: functional.linear(x, lost.weight if next(calls) % 2 else lost.weight.detach())
-    start = adapter_state(model)
+    start = {} if weighs else adapter_state(model)
     if sharded:
         cast_for_engine(model, dtype)
     arguments = training_arguments(
@@ -89,7 +89,7 @@ def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) 
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2 if name == "late" else 2 // ranks.count(),
         max_steps=4,
-        learning_rate=1e-3,
+        learning_rate=0.0 if name == "still-bf16" else 1e-3,
         lr_scheduler_type="constant",
         use_cpu=True,
         disable_tqdm=True,
@@ -98,7 +98,13 @@ def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) 
         deepspeed=zero,
     )
     trainer = LlavaTrainer(model, arguments, dataset, 0, None, "global", method)
-    tap = Tap(method, True, 4, None, "unclipped" if name == "unclipped" else "clipped")
+    tap = Tap(
+        method,
+        True,
+        4,
+        dict(start) if name == "still-bf16" else None,
+        "unclipped" if name == "unclipped" else "clipped",
+    )
     tap.attach(trainer)
     try:
         trainer.train()
@@ -112,6 +118,7 @@ def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) 
     moved = {key: (weight - start[key]).abs().sum().item() for key, weight in weights.items()}
     told = {
         "projector": sum(value for key, value in moved.items() if is_projector(key)),
+        "all": sum(moved.values()),
         "lora": all(value > 0 for key, value in moved.items() if "lora_B" in key),
     }
     return {
