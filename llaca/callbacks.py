@@ -129,8 +129,9 @@ class Tap(TrainerCallback):
                 f"no gradient before the optimizer step for {missing}, in {passes - least} of {passes} micro-batches: "
                 f"{self._state(now)}"
             )
-        if self.method.watches and self.method.edits_gradients and not self._stepped:  # the first call of this step
-            self.method.after_backward(coming_gradients(self.trainer, self.layout))
+        method = self.method
+        if method.watches and method.edits_gradients and not self._stepped:  # the first call of this step
+            method.after_backward(coming_gradients(self.trainer, self.layout))
 
     def _after(self, optimizer, args, kwargs) -> None:
         self._stepped |= {id(tensor): tensor.grad for group in optimizer.param_groups for tensor in group["params"]}
