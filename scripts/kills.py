@@ -138,13 +138,16 @@ def unfinished(folder: Path) -> set[str]:
 def ends(folder: Path) -> set[str]:
     """What appears at the end of a stage, until its checkpoints are gone."""
     own = ("adapter", "plain", "stage.json", "codebook.json", "DONE")
-    return files(folder, *(f"stages/*.partial/{name}" for name in own), "stages/0?-*[!l]/trainer", "stages/*[!l]/DONE")
+    done = {str(path) for path in folder.glob("stages/*/DONE") if not path.parent.name.endswith(".partial")}
+    return done | files(folder, *(f"stages/*.partial/{name}" for name in own))
 
 
 def ending(folder: Path) -> bool:
-    """Whether a stage was ended but not whole, or had just got its name."""
+    """Whether a stage has its adapter and its checkpoints still, or has just got its name."""
     newest = max((path.stat().st_mtime for path in folder.glob("stages/*/DONE")), default=0)
-    return bool(files(folder, "stages/*.partial/adapter", "stages/*/trainer/../DONE")) or time.time() - newest < 5
+    return any((path / "trainer").is_dir() for path in folder.glob("stages/*") if (path / "adapter").is_dir()) or (
+        time.time() - newest < 5
+    )
 
 
 def answered(folder: Path) -> set[str]:
