@@ -70,9 +70,7 @@ def train(case: str, model, datasets, folder: Path, zero: str | None, stop: int 
     own, other = datasets
     dataset = own.joined([(other, range(records - 16))]) if records > 16 else copy.copy(own)
     if records < 16:
-        dataset.samples, dataset._ids, dataset._labels = (
-            values[:records] for values in (own.samples, own._ids, own._labels)
-        )
+        dataset._part, dataset._row = own._part[:records], own._row[:records]
     checkpoint = latest(folder)
     torch.manual_seed(7)
     method = Watched(load_recipe(["--method", "llaca", "--average", "eq45"]).method)
