@@ -70,7 +70,7 @@ def test_what_does_not_fit_into_the_time_is_skipped_and_a_failure_loses_no_other
     assert found["agreement"]["error"].startswith("exit status 1\n")
     assert "no engine has handed on anything to compare" in found["agreement"]["error"]
     assert found["answers"]["status"] == "skipped" and "of 5 minutes were left" in found["answers"]["error"]
-    assert found["attention"]["status"] == "failed" and found["attention"]["error"].startswith("no end after 0 s")
+    assert found["attention"]["status"] == "failed" and found["attention"]["error"].startswith("no end after 1 s")
     assert "answers           skipped" in capsys.readouterr().out
 
 
