@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -41,6 +42,20 @@ class Tokenised:
     answers: list[tuple[int, int]]
 
 
+class TextTokens(NamedTuple):
+    """The tokens of a text. `parts`: of each part around the placeholders, its first character, its first token, how
+    many tokens its encoding has before that one, and the characters [begin, end) of all of its encoding's tokens."""
+
+    ids: list[int]
+    parts: list[tuple[int, int, int, list[tuple[int, int]]]]
+
+    def first_from(self, position: int) -> int:
+        """Return the first token that begins at the character `position` or behind it; a placeholder begins with its
+        `<image>`."""
+        begin, first, skip, offsets = next(part for part in reversed(self.parts) if part[0] <= position)
+        return first + max(bisect_left(offsets, (position - begin,)) - skip, 0)
+
+
 class Vocabulary:
     """What tokenising needs of a tokenizer, without transformers: the same ids at a fraction of the time.
 
@@ -65,30 +80,29 @@ class Vocabulary:
             raise ValueError("the tokenizer puts a token behind every text; LLaVA's adds none but <s> in front")
         return cls(backend, tokenizer.bos_token_id, image)
 
-    def tokenise(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Return the ids of each text and the characters at which they begin; a placeholder begins with its `<image>`.
+    def tokenise(self, texts: Sequence[str]) -> list[TextTokens]:
+        """Return the tokens of each text.
 
         The text on either side of the picture is tokenised by itself, as the original does: the tokens next to the
         picture are then those of a text's beginning and end, and only the first part keeps its BOS.
         """
-        parts = [text.split(IMAGE) for text in texts]
-        distinct = list(dict.fromkeys(part for own in parts for part in own))
+        split = [text.split(IMAGE) for text in texts]
+        distinct = list(dict.fromkeys(part for parts in split for part in parts))
         encodings = self.backend.encode_batch(distinct)
         known = {part: (encoding.ids, encoding.offsets) for part, encoding in zip(distinct, encodings, strict=True)}
         found = []
-        for own in parts:
-            ids, starts, position = [], [], 0
-            for number, part in enumerate(own):
+        for parts in split:
+            tokens, position = TextTokens([], []), 0
+            for number, part in enumerate(parts):
                 if number:
-                    ids.append(self.image)
-                    starts.append(position)
+                    tokens.ids.append(self.image)
                     position += len(IMAGE)
-                tokens, offsets = known[part]
-                skip = int(number > 0 and tokens[:1] == [self.bos])
-                ids += tokens[skip:]
-                starts += [position + begin for begin, _ in offsets[skip:]]
+                ids, offsets = known[part]
+                skip = int(number > 0 and ids[:1] == [self.bos])
+                tokens.parts.append((position, len(tokens.ids), skip, offsets))
+                tokens.ids.extend(ids[skip:])
                 position += len(part)
-            found.append((ids, starts))
+            found.append(tokens)
         return found
 
     def conversations(self, conversations: Sequence[Turns]) -> list[Tokenised | ValueError]:
@@ -97,10 +111,10 @@ class Vocabulary:
         laid_out = [_layout(turns) for turns in conversations]
         found: list[Tokenised | ValueError] = []
         tokenised = self.tokenise([text for text, _ in laid_out])
-        for turns, (_, spans), (ids, starts) in zip(conversations, laid_out, tokenised, strict=True):
-            answers = [(bisect_left(starts, begin), bisect_left(starts, end)) for begin, end in spans]
-            fault = self._misspelled(turns, answers, ids)
-            found.append(fault or Tokenised(ids, answers))
+        for turns, (_, spans), tokens in zip(conversations, laid_out, tokenised, strict=True):
+            answers = [(tokens.first_from(begin), tokens.first_from(end)) for begin, end in spans]
+            fault = self._misspelled(turns, answers, tokens.ids)
+            found.append(fault or Tokenised(tokens.ids, answers))
         return found
 
     def _misspelled(self, turns: Turns, answers: list[tuple[int, int]], ids: list[int]) -> ValueError | None:
@@ -177,8 +191,8 @@ def repeated(ids: Sequence[int], image: int, image_tokens: int) -> list[int]:
 def encode_prompt(tokenizer, question: str, image_tokens: int) -> list[int]:
     """Return the token ids that ask for an answer to `question`; `<image>` in it stands for the picture, if any."""
     vocabulary = Vocabulary.of(tokenizer)
-    [(ids, _)] = vocabulary.tokenise([render_prompt(question)])
-    return repeated(ids, vocabulary.image, image_tokens)
+    [tokens] = vocabulary.tokenise([render_prompt(question)])
+    return repeated(tokens.ids, vocabulary.image, image_tokens)
 
 
 def _placed(question: str) -> str:

@@ -8,6 +8,7 @@ The cache is data.cache.cache_folder(). What is there is not made again; files o
 their own, one a core, whose memory goes when they are done. `python -m llava.prepare` is such a process.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -150,9 +151,10 @@ def prepare(sources: Sequence[Source], vocabulary: Vocabulary | None) -> dict[So
         if not _is_whole(file, KINDS[source.kind]):
             waiting.setdefault(file, source)
     if waiting:
-        alone = sum(source.path.stat().st_size for source in waiting.values()) <= ALONE
+        sizes = {file: source.path.stat().st_size for file, source in waiting.items()}
+        waiting = {file: waiting[file] for file in sorted(waiting, key=sizes.__getitem__, reverse=True)}
         jobs = [(source, vocabulary, file) for file, source in waiting.items()]
-        if alone:
+        if sum(sizes.values()) <= ALONE:
             faults = [_make_here(*job) for job in jobs]
         else:
             with ThreadPoolExecutor(cpu_count()) as pool:
@@ -206,6 +208,7 @@ def _worker(job: dict, what: str) -> list:
 
 def main() -> None:
     """A process that `prepare` or `look` started: does the job on its standard input, prints the problems as JSON."""
+    gc.disable()  # what is made here are millions of small objects without cycles: looking for these takes a fifth
     job = json.load(sys.stdin)
     if "pictures" in job:
         print(json.dumps(_look_at(Path(job["root"]), job["pictures"])))

@@ -215,7 +215,7 @@ def question_columns(
     builder, question_ids, asked = _Builder(place, vocabulary), [], []
     for batch in _batches(questions):
         prompts = [render_prompt(question.text) for question in batch]
-        tokens = [ids for ids, _ in vocabulary.tokenise(prompts)] if vocabulary else [[]] * len(batch)
+        tokens = [own.ids for own in vocabulary.tokenise(prompts)] if vocabulary else [[]] * len(batch)
         for question, ids in zip(batch, tokens, strict=True):
             image = None if question.image is None else str(question.image)
             builder.add(question.index, question.text, image, ids)
