@@ -1,12 +1,16 @@
 """The folder of what can be made again at any time, and files in it that are made once, whoever needs them first."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what some network file systems answer
 
 
 def cache_folder() -> Path:
@@ -29,28 +33,38 @@ def writable(folder: Path) -> Path:
 
 
 def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with the name of a new file, which then takes the place of `path`: it is either whole or absent."""
-    new = writable(path.parent) / f"{path.name}.{os.getpid()}.partial"
+    """Calls `write` with the name of a new file, which then takes the place of `path`: it is either whole or absent.
+
+    Whom the umask lets read a file may read it, also one of safetensors, which makes its files for their owner alone.
+    """
+    new = writable(path.parent) / f"{path.name}.{uuid4().hex}.partial"
     try:
+        new.touch()
+        readable = new.stat().st_mode
         write(new)
+        new.chmod(readable)
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
 
 
-def make_once(files: Sequence[Path], make: Callable[[Path, Path], None]) -> None:
-    """Makes each file that is not there: `make(file, partial)` writes what becomes `file` into `partial`.
+def make_once(
+    files: Sequence[Path], make: Callable[[Path, Path], None], is_whole: Callable[[Path], bool] = Path.is_file
+) -> None:
+    """Makes each file that is not whole: `make(file, partial)` writes what becomes `file` into `partial`.
 
     Processes that need the same files at the same time share the work: each makes what no other is making, and waits
     for the others' at the end. On a file system without locks they may make one twice, which changes nothing.
     """
     for patience in (0, -1):  # what is being made elsewhere comes last
         for file in files:
-            if file.is_file():
+            if is_whole(file):
                 continue
             try:
                 with _lock(file, patience):
-                    if not file.is_file():
+                    if not is_whole(file):
+                        for left in file.parent.glob(f"{file.name}.*.partial"):  # of processes that were killed
+                            left.unlink(missing_ok=True)
                         replace_whole(file, partial(make, file))
             except Timeout:
                 continue
@@ -58,11 +72,14 @@ def make_once(files: Sequence[Path], make: Callable[[Path, Path], None]) -> None
 
 @contextmanager
 def _lock(file: Path, patience: float) -> Iterator[None]:
-    """Holds the right to make a file; what a process held that was killed is free again. Raises Timeout."""
+    """Holds the right to make a file; what a process held that was killed is free again. Raises Timeout if another one
+    holds it for longer than `patience` seconds (-1: for ever)."""
     lock = FileLock(writable(file.parent) / f"{file.name}.lock")
     try:
         lock.acquire(timeout=patience)
-    except NotImplementedError:  # the file system has no locks
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
         yield
         return
     try:

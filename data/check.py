@@ -31,6 +31,7 @@ from llava.conversation import Vocabulary
 from llava.dataset import cut_problems
 from llava.prepare import Prepared, Source, digest_of, open_records, silent_problems
 
+VERSION = 2  # of what is checked: notes of another one do not count
 MANY_INSTRUCTIONS = 1_000  # different ones of a file: more are likely no instructions
 
 
@@ -151,7 +152,7 @@ def check(benchmark: Benchmark, instructions: str, tasks: Sequence[str] = (), re
             folder = benchmark.folder(instructions, name)
         except FileNotFoundError as error:
             folder = benchmark.root / benchmark.instructions[instructions] / spec.folders[0]
-            files.append(FileReport(name, "all", folder, problems=[Problem(0, "missing file", str(error))]))
+            files.append(FileReport(spec.name, "all", folder, problems=[Problem(0, "missing file", str(error))]))
             continue
         for split, path in (("train", folder / spec.train), ("test", folder / spec.test)):
             files.append(FileReport(spec.name, split, path, known=spec.records.get(split)))
@@ -195,14 +196,13 @@ def check_benchmark(
     Raises ValueError with the report's text if there is a problem, unless the run wants to go on `unchecked`.
     """
     benchmark = open_benchmark(root)
-    note = _note_file(benchmark, instructions, reader)
-    if (told := _told(note)) and set(tasks) <= set(told["tasks"]):
-        files = [FileReport(**{**row, "file": Path(row["file"])}) for row in told["files"] if row["task"] in tasks]
-        return Report(benchmark, instructions, files, 0.0)
+    tasks = [benchmark.task(name).name for name in tasks or benchmark.tasks]
+    files = _noted(_note_file(benchmark, instructions, reader))
+    if set(tasks) <= {file.task for file in files}:
+        return Report(benchmark, instructions, [file for file in files if file.task in tasks], 0.0)
     report = check(benchmark, instructions, tasks, reader)
-    if report.ok:
-        _note(note, report, tasks)
-    elif not unchecked:
+    _note(report, reader)
+    if not report.ok and not unchecked:
         raise ValueError(
             f"{report.text()}\n\nNothing was trained. --unchecked true goes on without the records that cannot be used."
         )
@@ -210,7 +210,7 @@ def check_benchmark(
 
 
 def _note_file(benchmark: Benchmark, instructions: str, reader: Reader | None) -> Path:
-    parts = [str(benchmark.root.resolve()), str(benchmark.file.resolve()), instructions]
+    parts = [str(VERSION), str(benchmark.root.resolve()), str(benchmark.file.resolve()), instructions]
     if reader is not None:
         told = sorted(reader.max_length.items())
         parts += [digest_of(reader.vocabulary), repr((reader.image_tokens, told, reader.grouping))]
@@ -223,26 +223,34 @@ def _fingerprint(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _note(path: Path, report: Report, tasks: Sequence[str]) -> None:
+def _note(report: Report, reader: Reader | None) -> None:
+    """Note that the benchmark passed, or forget that it did."""
     benchmark = report.benchmark
+    path = _note_file(benchmark, report.instructions, reader)
+    if not report.ok:
+        path.unlink(missing_ok=True)
+        return
     rows = [
         {key: value for key, value in {**vars(file), "file": str(file.file)}.items() if key != "problems"}
         for file in report.files
     ]
+    tasks = dict.fromkeys(file.task for file in report.files)
     annotations = [found for name in tasks for found in task_of(benchmark, name).annotation_files(benchmark)]
     files = (benchmark.file, *(file.file for file in report.files), *annotations)
     seen = {str(found.resolve()): _fingerprint(found) for found in files}
-    text = json.dumps({"tasks": list(tasks), "seen": seen, "files": rows}) + "\n"
+    text = json.dumps({"seen": seen, "files": rows}) + "\n"
     replace_whole(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
-def _told(path: Path) -> dict | None:
+def _noted(path: Path) -> list[FileReport]:
+    """The files that passed, none if the note is not there, broken, or of files that have changed since."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        holds = all(Path(name).is_file() and _fingerprint(Path(name)) == seen for name, seen in told["seen"].items())
+        holds = all(_fingerprint(Path(name)) == seen for name, seen in told["seen"].items())
+        files = [FileReport(**{**row, "file": Path(row["file"])}) for row in told["files"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # not there, or broken: checked again
-    return told if holds else None
+        return []
+    return files if holds else []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -253,23 +261,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--instructions", nargs="+", choices=INSTRUCTION_SETS, default=["original"])
     parser.add_argument("--tasks", nargs="+", default=[])
     parser.add_argument("--base", type=Path, help="folder of a base model, to check what it makes of the records")
-    parser.add_argument("--max-length", type=int, default=2048, help="tokens of a record, with --base")
+    parser.add_argument("--max-length", type=int, help="tokens of a record, with --base (default: 2048)")
     parser.add_argument("--grouping", action="store_true", help="every prompt needs an instruction, with --base")
     parser.add_argument("--json", type=Path, help="write the reports there, too")
     options = parser.parse_args(arguments)
+    if options.base is None and (options.max_length is not None or options.grouping):
+        parser.error("--max-length and --grouping need --base: they are about what a base model makes of the records")
     try:
         file = COIN if options.benchmark == "coin" else options.benchmark and Path(options.benchmark)
         benchmark = open_benchmark(options.root, file)
         tasks = options.tasks or list(benchmark.tasks)
-        lengths = dict.fromkeys((benchmark.task(name).name for name in tasks), options.max_length)
+        lengths = dict.fromkeys((benchmark.task(name).name for name in tasks), options.max_length or 2048)
         reader = options.base and reader_of(options.base, lengths, options.grouping)
         reports = [check(benchmark, which, tasks, reader) for which in options.instructions]
     except (ValueError, OSError) as error:
         sys.exit(f"data.check: {error}")
     for report in reports:
         print(report.text())
-        if report.ok and benchmark.file == open_benchmark(options.root).file:
-            _note(_note_file(benchmark, report.instructions, reader), report, tasks)
+        if benchmark.file == open_benchmark(options.root).file:
+            _note(report, reader)
     if options.json:
         options.json.write_text(json.dumps([report.as_json() for report in reports], indent=1) + "\n", encoding="utf-8")
     sys.exit(0 if all(report.ok for report in reports) else 1)

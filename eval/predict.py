@@ -250,9 +250,9 @@ def _line(asked: Questions, number: int, text: str) -> str:
 def _parts(file: Path) -> Iterator[tuple[Path, list[dict]]]:
     """The rows of every part of an answer file; the unfinished last line of a killed process is none."""
     for part in sorted(file.parent.glob(f"{file.name}.part-*")):
-        content = part.read_text(encoding="utf-8")
-        whole = content[: content.rfind("\n") + 1]
-        yield part, [json.loads(line) for line in whole.split("\n")[:-1]]
+        content = part.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        yield part, [json.loads(line) for line in whole.split(b"\n")[:-1]]
 
 
 def _cut_to_whole_lines(part: Path) -> None:

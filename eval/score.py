@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from data.benchmark import INSTRUCTION_SETS, image_root, open_benchmark
-from data.records import Loaded, Problem, instruction_of, picture_fault, read_list, samples_of
+from data.records import IMAGE, Loaded, Problem, instruction_of, picture_fault, read_list, samples_of
 from eval.tasks import MODES, task_of
 from eval.tasks.base import SPLITS, field
 
-IMAGE_TOKEN = "<image>"
 Turns = list[tuple[str, str]]  # (question, answer) of one record
 MIN_COUNT = 5  # training answers that make a question text a guide of its own
 
@@ -159,7 +158,7 @@ def legacy_accuracy(
 
 def question_text(prompt: str) -> str:
     """A prompt without the image token."""
-    return prompt.replace(IMAGE_TOKEN, "").strip()
+    return prompt.replace(IMAGE, "").strip()
 
 
 @dataclass(frozen=True)
@@ -172,8 +171,8 @@ class Majority:
 
 
 def training_turns(path: Path, images: Path, unchecked: bool) -> tuple[list[Turns], int]:
-    """(question, answer) of every turn, record by record, and how many records were left out: those that an `unchecked`
-    run does not train on either. Else DataError names what is wrong with which record."""
+    """(question, answer) of every turn, record by record, and how many records an `unchecked` run leaves out, those
+    that break the schema or whose picture is missing. Else DataError names what is wrong with which record."""
     problems: list[Problem] = []
     samples = list(samples_of(read_list(path), problems))
     if not unchecked:

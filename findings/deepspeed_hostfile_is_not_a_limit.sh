@@ -6,7 +6,8 @@
 #   2. A hostfile with one host runs on this machine, whichever host it names (after an ssh to that host has worked);
 #      --force_multi is needed to go there.
 #
-# Seen with torch 2.13.0 on a machine without GPU: both cases print the ranks 0, 1, 2 of 3 and this machine's name.
+# Seen with torch 2.13.0 on a machine without GPU: the command, which shows both at once, prints the ranks 0, 1, 2 of 3 and
+# this machine's name.
 # A stand-in for ssh says that the other host answers. Needs: python3, the network for pip (about 3 GB with CUDA's torch).
 set -euo pipefail
 work=$(mktemp -d)

@@ -150,6 +150,7 @@ def _merged(model, settings, given: State, adapter: Path, dtype: torch.dtype | N
     """The weights of `model` with the adapter's in or on them, in the names of the model."""
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
 
     settings.base_model_name_or_path = None  # the base is the one given, and no reason for a warning
     try:
@@ -157,6 +158,9 @@ def _merged(model, settings, given: State, adapter: Path, dtype: torch.dtype | N
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{adapter / CONFIG} does not fit the model ({' '.join(str(error).split())})") from error
     check_same(f"{adapter / WEIGHTS}", get_peft_model_state_dict(model, save_embedding_layers=False), given)
+    for module in list(model.modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()  # copies of the base's, into which the adapter's values go
     set_peft_model_state_dict(model, given)
     for layer in list(model.modules()):
         if isinstance(layer, LoraLayer):

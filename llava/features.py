@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
@@ -82,11 +82,23 @@ def stored_features(model, image_processor, lists: Sequence[Sequence[Path]]) -> 
     def make(file: Path, partial: Path) -> None:
         save_file({"features": _compute(owner, image_processor, waiting[file], 64)}, partial)
 
-    make_once(list(waiting), make)
+    make_once(list(waiting), make, _is_whole)
     for file, paths in waiting.items():
-        with safe_open(file, framework="pt") as content:
-            found = found | FeatureCache(paths, content.get_tensor("features"))
+        found = found | FeatureCache(paths, _load(file))
     return found
+
+
+def _load(file: Path) -> torch.Tensor:
+    with safe_open(file, framework="pt") as content:
+        return content.get_tensor("features")
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        _load(file)
+    except (FileNotFoundError, SafetensorError):
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -110,7 +122,8 @@ def _digest(owner, image_processor) -> str:
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     parameter = next(owner.vision_tower.parameters())
     device = torch.cuda.get_device_name() if parameter.is_cuda else torch.backends.cpu.get_cpu_capability()
-    settings = (owner.config.vision_config.to_json_string(), image_processor.to_json_string(), _layers(owner))
+    vision = owner.config.vision_config  # whose JSON says nothing of the attention
+    settings = (vision.to_json_string(), vision._attn_implementation, image_processor.to_json_string(), _layers(owner))
     digest.update(repr((VERSION, settings, device, torch.__version__, transformers.__version__)).encode())
     return digest.hexdigest()
 

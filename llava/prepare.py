@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,15 +142,14 @@ def prepare(sources: Sequence[Source], vocabulary: Vocabulary | None) -> dict[So
     """Return the columns of each file, made where they are not there yet; a DataError in place of a file that is no
     list of records. Raises OSError where the cache cannot be written to."""
     found: dict[Source, Columns | DataError] = {}
-    waiting: dict[Path, Source] = {}
+    files: dict[Source, Path] = {}  # sources of the same content have one file
     for source in sources:
         try:
-            file = columns_file(source, vocabulary)
+            files[source] = columns_file(source, vocabulary)
         except OSError as error:
             found[source] = DataError(source.path, [f"cannot be read ({error.strerror}); check the path in the recipe"])
-            continue
-        if not _is_whole(file, KINDS[source.kind]):
-            waiting.setdefault(file, source)
+    waiting = {file: source for source, file in files.items() if not _is_whole(KINDS[source.kind], file)}
+    problems: dict[Path, list[str]] = {}
     if waiting:
         sizes = {file: source.path.stat().st_size for file, source in waiting.items()}
         waiting = {file: waiting[file] for file in sorted(waiting, key=sizes.__getitem__, reverse=True)}
@@ -159,32 +159,25 @@ def prepare(sources: Sequence[Source], vocabulary: Vocabulary | None) -> dict[So
         else:
             with ThreadPoolExecutor(cpu_count()) as pool:
                 faults = list(pool.map(lambda job: _make_elsewhere(*job), jobs))
-        found |= {
-            source: DataError(source.path, problems)
-            for source, problems in zip(waiting.values(), faults, strict=True)
-            if problems
-        }
-    for source in sources:
-        if source not in found:
-            found[source] = load(columns_file(source, vocabulary), KINDS[source.kind])
+        problems = {file: own for file, own in zip(waiting, faults, strict=True) if own}
+    for source, file in files.items():
+        own = problems.get(file)
+        found[source] = DataError(source.path, own) if own else load(file, KINDS[source.kind])
     return {source: found[source] for source in sources}
 
 
-def _is_whole(file: Path, kind: type[Columns]) -> bool:
-    """Whether a column file is there; one that cannot be read is removed, to be made again."""
+def _is_whole(kind: type[Columns], file: Path) -> bool:
+    """Whether a column file is there and can be read; else it is made again."""
     try:
         load(file, kind)
-    except FileNotFoundError:
-        return False
-    except (SafetensorError, ValueError, KeyError, TypeError):
-        file.unlink()
+    except (FileNotFoundError, SafetensorError, ValueError, KeyError, TypeError):
         return False
     return True
 
 
 def _make_here(source: Source, vocabulary: Vocabulary | None, file: Path) -> list[str]:
     try:
-        make_once([file], lambda _, partial: save(make(source, vocabulary), partial))
+        make_once([file], lambda _, new: save(make(source, vocabulary), new), partial(_is_whole, KINDS[source.kind]))
     except DataError as error:
         return error.problems
     return []
@@ -232,15 +225,20 @@ def look(columns: Sequence[Columns], image_root: Path, thorough: bool = False) -
     for one in columns:
         names = set(one.names)
         there = _present(image_root, names)
-        missing = {name: str(picture_fault(image_root, name, look=False)) for name in sorted(names - there)}
-        found |= {name: (text, "missing image") for name, text in missing.items()}
+        # a folder that may not be listed may still be read
+        absent = {name: picture_fault(image_root, name, look=False) for name in sorted(names - there)}
+        missing = {name: (str(fault), fault.kind) for name, fault in absent.items() if fault}
+        there |= absent.keys() - missing.keys()
+        found |= missing
         whole = digest_of_names(one)
         if whole in note.looked and not thorough:
             continue
         fresh = note.unseen(there, thorough)
         faults = _faults(image_root, fresh, note)
         found |= faults
-        if not missing and not faults:
+        if missing or faults:
+            note.looked.discard(whole)
+        else:
             note.looked.add(whole)
     note.write()
     return found
@@ -277,7 +275,7 @@ def _present(root: Path, names: Collection[str]) -> set[str]:
     for folder, members in folders.items():
         try:
             with os.scandir(root / folder) as entries:
-                there = {entry.name for entry in entries}
+                there = {entry.name for entry in entries if not entry.is_symlink() or entry.is_file()}
         except OSError:
             continue
         found.update(name for name in members if os.path.basename(name) in there)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,10 @@ from data.records import DataError
 from eval.report import main as report
 from eval.score import score_task
 from llaca.config import load_recipe
+from llaca.launch import prepare_data
 from llaca.stream import ordered
 from llaca.train import run
+from llava.prepare import Source, open_records
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "BENCHMARKS.md"
@@ -150,13 +153,41 @@ def test_a_picture_that_is_gone_is_noticed_though_the_note_holds(mini, tiny_base
 
 def test_a_picture_that_changed_is_looked_at_again_by_the_check_alone(mini):
     picture = mini / "cl_dataset/GQA/train/5.png"
-    assert check(open_benchmark(mini), "original", ["GQA"]).ok
+    assert check_benchmark(mini, "original", ["GQA"]).ok
     whole = picture.read_bytes()
     picture.write_bytes(whole[:-20])
+    assert check_benchmark(mini, "original", ["GQA"]).ok, "the note holds"
+    with pytest.raises(SystemExit):
+        main(["--root", str(mini), "--tasks", "GQA"])
+    sources = [Source(mini / "Instructions/GQA/train.json", "train", "last line")]
+    [started] = open_records(sources, open_benchmark(mini).image_root, None).values()
+    assert [p.record for p in started.problems] == [5], "what the check has found no start overlooks"
+    with pytest.raises(ValueError, match="5\\.png cannot be read"):
+        check_benchmark(mini, "original", ["GQA"])
     [train, _] = check(open_benchmark(mini), "original", ["GQA"]).files
     assert [(p.kind, p.record) for p in train.problems] == [("unreadable image", 5)]
     picture.write_bytes(whole)
     assert check(open_benchmark(mini), "original", ["GQA"]).ok
+
+
+def test_a_task_by_the_name_of_its_folder_is_that_task(mini, tiny_base, capsys):
+    line = ["--base", str(tiny_base), "--data-root", str(mini), "--tasks", "OCRVQA", "GQA", "--method", "lora"]
+    recipe = load_recipe(line)
+    assert recipe.stream.tasks == ["OCR-VQA", "GQA"]
+    prepare_data(recipe)
+    assert "24 records checked" in capsys.readouterr().out
+    report = check_benchmark(mini, "original", ["OCRVQA"], reader=reader_of(tiny_base, {"OCR-VQA": 2048}, False))
+    assert report.records == 8 + 4
+    assert check_benchmark(mini, "original", ["OCRVQA"]).records == 8 + 4
+    shutil.rmtree(mini / "Instructions/OCR-VQA")
+    assert "no folder" in check(open_benchmark(mini), "original", ["OCRVQA"]).text().lower()
+
+
+def test_options_about_a_base_need_one(mini):
+    for options in (["--grouping"], ["--max-length", "512"]):
+        with pytest.raises(SystemExit) as done:
+            main(["--root", str(mini), *options])
+        assert done.value.code == 2
 
 
 def test_a_data_root_that_cannot_be_written_to_is_read_once_too(mini):

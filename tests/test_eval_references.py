@@ -167,23 +167,24 @@ def test_a_byte_order_mark_is_read_over(tmp_path):
 @pytest.fixture
 def own(tmp_path):
     """A benchmark of one's own: six training records of which one begins with the answer, four questions of which
-    one has a number for an answer, one no id, and one the id of another."""
+    one has a number for an answer, one no id, one the id of another, and one no text."""
     (tmp_path / "benchmark.yaml").write_text("tasks: {T: {scoring: open}}")
     turns = [{"from": "human", "value": "What colour is it?"}, {"from": "gpt", "value": "red"}]
     records = [{"id": str(i), "conversations": turns} for i in range(5)]
     write(tmp_path / "T/train.json", [*records, {"id": "5", "conversations": turns[::-1]}])
     test = {"text": "What colour is it?", "answer": "red"}
     questions = [{**test, "question_id": "0"}, {**test, "question_id": "1", "answer": 2}, test]
-    write(tmp_path / "T/test.json", [*questions, {**test, "question_id": "0", "answer": "blue"}])
+    more = [{**test, "question_id": "0", "answer": "blue"}, {**test, "question_id": "4", "text": " "}]
+    write(tmp_path / "T/test.json", [*questions, *more])
     return tmp_path
 
 
 def test_an_unchecked_run_is_scored_without_what_it_left_out(own):
     rows = [{"question_id": "0", "text": "Red"}, {"question_id": "1", "text": "2"}]
-    with pytest.raises(ValueError, match=r"T/test\.json, record 1, question_id 1: 'answer' is missing .*2 more"):
+    with pytest.raises(ValueError, match=r"T/test\.json, record 1, question_id 1: 'answer' is missing .*3 more"):
         score_task("T", rows, own)
     score = score_task("T", rows, own, unchecked=True)
-    assert (score.n, score.missing, score.left_out) == (1, 0, 3)
+    assert (score.n, score.missing, score.left_out) == (1, 0, 4)
     assert score.accuracy == {"official": 100, "legacy": 100, "lenient": 100}
     assert score_task("T", rows, own, limit=2, unchecked=True).left_out == 1
     with pytest.raises(ValueError, match="T: answer to unknown question_id 2"):
@@ -244,8 +245,8 @@ def test_an_unchecked_run_comes_to_its_table(own, tiny_base, tmp_path_factory, c
     report(["--runs-dir", str(runs)])
     printed = capsys.readouterr().out
     assert "lora: 1 broken records were left out of training." in printed
-    assert "T: 3 questions that cannot be scored were left out." in printed
+    assert "T: 4 questions that cannot be scored were left out." in printed
     assert "Question-only majority: 1 broken records of T were left out." in printed
     (cell,) = json.loads((folder / "scores.json").read_text())
-    assert (cell["questions"], cell["missing"], cell["left_out"]) == (1, 0, 3)
+    assert (cell["questions"], cell["missing"], cell["left_out"]) == (1, 0, 4)
     assert len((folder / "answers/01-T/T.jsonl").read_text().splitlines()) == 2, "the reference does not matter there"

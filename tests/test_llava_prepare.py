@@ -1,5 +1,6 @@
 """What is kept between starts is what would be made anew, is made once, and is never believed when it is stale."""
 
+import fcntl
 import json
 import os
 import random
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from data import cache
-from data.cache import make_once
+from data.cache import make_once, replace_whole
 from data.records import DataError, load_samples
 from llava import prepare as prepare_module
 from llava.conversation import Vocabulary, encode, encode_prompt, repeated
@@ -147,6 +149,37 @@ def test_a_picture_that_was_missing_is_used_when_it_is_there(own, files, tiny):
     assert len(open_records([train], root, vocabulary)[train].rows) == 89
 
 
+def test_files_of_the_same_content_have_the_same_problems(own, files, monkeypatch):
+    root, *_ = files
+    sources = [Source(root / name, "train", "last line") for name in ("one.json", "two.json", "whole.json")]
+    for source in sources[:2]:
+        source.path.write_text("<html>not found</html>")
+    sources[2].path.write_bytes((root / "train.json").read_bytes())
+    for alone in (prepare_module.ALONE, -1):  # here, and in processes of their own
+        monkeypatch.setattr(prepare_module, "ALONE", alone)
+        found = prepare([*sources, sources[2]], None)
+        assert list(found) == sources and len(found[sources[2]]) == 89
+        for source in sources[:2]:
+            assert isinstance(found[source], DataError) and str(found[source]).startswith(str(source.path))
+
+
+def test_a_folder_that_may_not_be_listed_and_a_link_into_nowhere(own, files, tiny, monkeypatch):
+    root, train, _ = files
+    vocabulary = Vocabulary.of(tiny[1].tokenizer)
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module.os, "scandir", refuse)
+        assert len(open_records([train], root, vocabulary)[train].rows) == 89
+    (root / "2.png").rename(root / "elsewhere.png")
+    (root / "2.png").symlink_to(root / "elsewhere.png")
+    assert len(open_records([train], root, vocabulary)[train].rows) == 89
+    (root / "elsewhere.png").unlink()
+    assert {p.kind for p in open_records([train], root, vocabulary)[train].problems} == {"schema", "missing image"}
+
+
 def test_a_cache_that_cannot_be_written_to_is_named_with_the_remedy(own, files, tiny, monkeypatch):
     root, *sources = files
     (root / "file").write_text("")
@@ -172,6 +205,14 @@ def test_features_on_the_disk_are_those_computed(own, files, tiny):
     assert len(made) == 2
     stored_features(model, processor.image_processor, [paths[:3]])
     assert {path: path.stat().st_mtime_ns for path in made} == made
+    for path in made:
+        path.write_bytes(path.read_bytes()[:-5])
+    assert torch.equal(stored_features(model, processor.image_processor, [paths[:3]])(paths[0]), fresh(paths[0]))
+    before = model.config.vision_config._attn_implementation
+    model.set_attn_implementation("eager")
+    stored_features(model, processor.image_processor, [paths[:3]])
+    model.set_attn_implementation(before)
+    assert len(list((own / "features").glob("*.safetensors"))) == 3, "another attention rounds otherwise"
     Image.new("RGB", (8, 8), "blue").save(paths[0])
     changed = stored_features(model, processor.image_processor, [paths[:3]])
     assert not torch.equal(changed(paths[0]), fresh(paths[0])) and torch.equal(changed(paths[1]), fresh(paths[1]))
@@ -214,13 +255,34 @@ def test_the_right_of_a_killed_process_is_free_again(own):
     assert file.read_text() == "made"
 
 
-def test_a_file_system_without_locks_is_no_hindrance(own, monkeypatch):
-    def refuse(*_, **__):
-        raise NotImplementedError("FileSystem does not appear to support flock")
+@pytest.mark.parametrize("number", cache.NO_LOCKS)
+def test_a_file_system_without_locks_is_no_hindrance(own, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(cache.FileLock, "acquire", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     make_once([own / "a.txt"], lambda _, partial: partial.write_text("made"))
     assert (own / "a.txt").read_text() == "made"
+
+
+def test_what_killed_processes_left_goes_and_all_may_read_what_is_made(own):
+    own.mkdir()
+    (own / "a.txt.0123.partial").write_text("half")
+    make_once([own / "a.txt"], lambda _, new: save_file({"a": torch.ones(1)}, new))
+    assert not list(own.glob("*.partial"))
+    (own / "plain").touch()
+    assert (own / "a.txt").stat().st_mode == (own / "plain").stat().st_mode
+
+
+def test_two_hosts_may_write_one_note_with_the_same_process_number(own):
+    """Containers number their processes alike."""
+
+    def write(new):
+        new.write_text("outer")
+        replace_whole(own / "note", lambda other: other.write_text("inner"))
+
+    replace_whole(own / "note", write)
+    assert (own / "note").read_text() == "outer"
 
 
 def test_what_fails_leaves_nothing(own):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from data import jsonfile
 from data.benchmark import Benchmark, TaskSpec, image_root, task_folder
+from data.records import questions_of
 from eval.tasks.words import ANNOTATORS, consensus, forgiving, is_phrase, lenient_consensus, same
 
 Root = Path | str | Benchmark
@@ -143,18 +144,9 @@ class Task(ABC):
 
         Raises FileNotFoundError or ValueError for a file that is no list of records.
         """
-        questions: dict[str, tuple[int, Mapping[str, Any]]] = {}
-        faults = []
-        for position, record in enumerate(read_json(self.question_file(data_root, instructions, split), list)):
-            where = f"record {position}"
-            try:
-                question_id = str(field(record, "question_id", (str, int), where))
-                field(record, "text", str, where)
-                if question_id in questions:
-                    raise ValueError(f"{where}: question_id {question_id} occurs twice; ids must be unique")
-                questions[question_id] = position, record
-            except ValueError as error:
-                faults.append(Fault(position, "schema", str(error)))
+        records, problems = read_json(self.question_file(data_root, instructions, split), list), []
+        questions = {str(one.question_id): (one.index, records[one.index]) for one in questions_of(records, problems)}
+        faults = [Fault(problem.record, "schema", problem.text) for problem in problems]
         return questions, faults
 
     def read_references(self, data_root: Root, instructions: str = "original", split: str = "test") -> References:
