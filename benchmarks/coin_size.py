@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.benchmark import COIN
 
-# Task: training records, questions, turns of a training record, pictures that share a record of a question.
+# Task: training records, questions, turns of a training record.
 SIZES = {
     "ScienceQA": (12_726, 4_241, 1),
     "TextVQA": (34_602, 5_000, 1),
@@ -59,7 +59,7 @@ def prompt(rng: random.Random, task: str) -> tuple[str, str]:
 
 
 def records(task: str, count: int, turns: int, pictures: int, seed: int) -> list[dict]:
-    """Training records of a task. Every eighth of ScienceQA's has no picture, as about half of CoIN's have none."""
+    """Training records of a task. Every second one of ScienceQA's has no picture, as about half of CoIN's."""
     rng = random.Random(f"{seed}/{task}/train")
     made = []
     for number in range(count):

@@ -2,6 +2,7 @@
 
     [--share S]    of CoIN's 569,000 training records and 261,000 questions (default: 1)
     [--old DIR]    a checkout of another version of this project, measured beside this one: with it, the ratios
+    [--ranks N ..] how many processes then read together, once for each number, from the cache that is there
     [--work DIR]   where the benchmark is drawn and kept (default: a temporary folder)
     [--out FILE]   the figures as JSON
 
@@ -58,21 +59,27 @@ else:
     told |= {"memory": memory("RssAnon") - before, "records": sum(map(len, datasets.values())),
              "sum": sum(int(item["input_ids"].sum() + item["labels"].sum()) for item in items)}
 told["peak"] = memory("VmHWM")
-print("PROBE " + json.dumps(told))
+print("PROBE " + json.dumps(told), flush=True)
 """
 
 
-def probe(checkout: Path, what: str, data: Path, cache: Path) -> dict:
-    """The figures of one process of the project in `checkout`: `what` is check or train."""
+def probe(checkout: Path, what: str, data: Path, cache: Path, ranks: int = 1) -> dict:
+    """The figures of one process of the project in `checkout`: `what` is check or train. Of several `ranks` each figure
+    is the largest."""
     line = ["--data-root", str(data), "--base", str(ROOT / "checkpoints/tiny-llava"), "--method", "llaca"]
     line += ["--dtype", "float32", "--runs-dir", str(cache / "runs")]
     environment = {**os.environ, "PYTHONPATH": str(checkout), "LLACA_CACHE": str(cache), "TQDM_DISABLE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, what, *line], cwd=checkout, env=environment, capture_output=True, text=True
-    )
+    script = cache / "probe.py"
+    script.write_text(PROBE, encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(script), what, *line]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{checkout}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(next(row for row in done.stdout.split("\n") if row.startswith("PROBE ")).removeprefix("PROBE "))
+    found = [json.loads(row[6:]) for row in done.stdout.splitlines() if row.startswith("PROBE ")]
+    if len(found) != ranks or len({row["sum"] for row in found if "sum" in row}) > 1:
+        sys.exit(f"{checkout}: {len(found)} of {ranks} processes told what they read, or not the same: {found}")
+    return {key: max(row[key] for row in found) for key in found[0]}
 
 
 def start(checkout: Path, data: Path, cache: Path) -> dict:
@@ -86,11 +93,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.start", description=__doc__.splitlines()[0])
     parser.add_argument("--share", type=float, default=1.0)
     parser.add_argument("--old", type=Path)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[])
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        work = options.work or Path(temporary)
+        work = (options.work or Path(temporary)).resolve()
         data = work / f"coin-{options.share:g}"
         build(data, options.share)
         found: dict[str, dict] = {}
@@ -106,6 +114,13 @@ def main() -> None:
                         f"{name}, {number} start: {row['total']:.1f} s (check {row['check']:.1f}, reading "
                         f"{row['seconds']:.1f}), data keep {row['memory'] / 1e6:.0f} MB of memory, peak of the "
                         f"process {row['peak'] / 1e9:.2f} GB; {row['records']:,} records",
+                        flush=True,
+                    )
+                for count in options.ranks if checkout is ROOT else ():
+                    found[f"{name}, {count} ranks"] = row = probe(ROOT, "train", data, Path(cache), count)
+                    print(
+                        f"{count} ranks: reading {row['seconds']:.1f} s, data keep at most "
+                        f"{row['memory'] / 1e6:.1f} MB of a rank's memory, its peak {row['peak'] / 1e9:.2f} GB",
                         flush=True,
                     )
         if options.old:

@@ -109,11 +109,8 @@ class Tap(TrainerCallback):
 
     def _not_finite(self) -> list[str]:
         mine = [name for name, total in self._sums.items() if not total.isfinite()]
-        everyone = [mine]
-        if dist.is_initialized():
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, mine)
-        return [name for name in self.layout.names if any(name in names for names in everyone)]
+        found = {name for names in ranks.everyone(mine) for name in names}
+        return [name for name in self.layout.names if name in found]
 
     def _before(self, optimizer, args, kwargs) -> None:
         about = {id(tensor): tensor for group in optimizer.param_groups for tensor in group["params"]}

@@ -379,8 +379,11 @@ def load_recipe(arguments: list[str]) -> Recipe:
     recipe = Recipe(*parser.parse_args_into_dataclasses(arguments)[: len(SECTIONS)])
     stream, chosen_tasks = recipe.stream, recipe.stream.tasks
     benchmark = open_benchmark(stream.data_root)
-    stream.tasks = chosen_tasks or benchmark.stream(stream.stream)
+    stream.tasks = [benchmark.task(task).name for task in chosen_tasks] or benchmark.stream(stream.stream)
     if not recipe.run.run:
+        for action in parser._actions:  # a field without a default is no part of what is usual
+            if action.required:
+                action.required, action.default = False, recipe.flat()[action.dest]
         parser.set_defaults(**values)
         usual = Recipe(*parser.parse_args_into_dataclasses([])[: len(SECTIONS)])
         if not chosen_tasks:  # the stream's name tells them

@@ -18,7 +18,6 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,18 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from llaca.stream import deepspeed_file
 from llava.model import trainable_parameters
 
 if TYPE_CHECKING:  # brings in PEFT and, where installed, bitsandbytes
     from llava.trainer import LlavaTrainer
 
-CONFIGS = Path(__file__).parents[1] / "scripts"
 PLAIN_LINEAR = functional.linear  # DeepSpeed replaces it for good where it shards the first tensor
-
-
-def config_file(zero: str) -> Path:
-    """DeepSpeed's configuration for a recipe's `zero`, which is not "none"."""
-    return CONFIGS / f"zero{zero}.json"
 
 
 def shards_weights(zero: str) -> bool:
@@ -56,7 +50,7 @@ def sharded_loading(zero: str, dtype: torch.dtype) -> Iterator[None]:
     if not shards_weights(zero):
         yield
         return
-    blocks = json.loads(config_file(zero).read_text(encoding="utf-8"))
+    blocks = json.loads(deepspeed_file(zero).read_text(encoding="utf-8"))
     told = HfDeepSpeedConfig(
         {
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; nothing is trained by this configuration

@@ -31,15 +31,6 @@ SOURCES = ("data", "llaca", "llava")
 BEAT, SILENCE = 5.0, 120.0  # seconds between two signs of life; without one that a process is waited for
 
 
-def everyone(mine: T) -> list[T]:
-    """What every process has, by rank."""
-    found = [mine]
-    if ranks.count() > 1:
-        found = [None] * ranks.count()
-        dist.all_gather_object(found, mine)
-    return found
-
-
 def together(act: Callable[[], T]) -> T:
     """The result of `act()`, which every process calls; all raise if it raises ValueError or OSError in one.
 
@@ -50,7 +41,7 @@ def together(act: Callable[[], T]) -> T:
         result = act()
     except (ValueError, OSError) as raised:
         error = raised
-    told = everyone(None if error is None else f"{socket.gethostname()}: {error}")
+    told = ranks.everyone(None if error is None else f"{socket.gethostname()}: {error}")
     if error is not None:
         raise error
     if first := next((text for text in told if text), None):
@@ -60,11 +51,12 @@ def together(act: Callable[[], T]) -> T:
 
 def start_alike(recipe: Recipe) -> None:
     """Raises ValueError, in every process and naming the host, where processes differ in what determines the result:
-    the recipe, the code, the versions, the base, the training files; or do not see the run folder of the first."""
+    the recipe, the code, the versions, the base, the training files; or do not see the run folder of the first. Raises
+    OSError for a file that cannot be read."""
     if ranks.count() == 1:
         return
     facts = together(lambda: _facts(recipe))
-    told = everyone((socket.gethostname(), facts))
+    told = ranks.everyone((socket.gethostname(), facts))
     (first, wanted), faults = told[0], []
     for host, found in dict(told[1:]).items():
         differs = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
@@ -98,14 +90,18 @@ def _facts(recipe: Recipe) -> dict:
 
 def _hosts_without(folder: Path) -> list[str]:
     """Hosts that do not see a file that the first process writes there."""
-    name = everyone(f".seen-{uuid.uuid4().hex}")[0]  # never asked for before, so that no cache knows it
-    new = not folder.exists()
-    if ranks.first():
+    name = ranks.everyone(f".seen-{uuid.uuid4().hex}")[0]
+
+    def write() -> bool:
+        """By the first process alone: what another one asks for before it is there, its host may think missing."""
+        new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    ranks.wait()
+        return new
+
+    new = together(lambda: ranks.first() and write())
     unseen = [] if (folder / name).exists() else [socket.gethostname()]
-    told = everyone(unseen)
+    told = ranks.everyone(unseen)
     if ranks.first():
         (folder / name).unlink()
         if new:
@@ -124,7 +120,7 @@ class Heartbeat:
     def __init__(self, silence: float):
         self.silence, self.stopped = silence, threading.Event()
         self.heard = {rank: (None, time.monotonic()) for rank in range(ranks.count()) if rank != ranks.rank()}
-        self.names = dict(enumerate(everyone(socket.gethostname())))
+        self.names = dict(enumerate(ranks.everyone(socket.gethostname())))
         self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         self.store.set(self._key(ranks.rank()), "0")
         ranks.wait()

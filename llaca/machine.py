@@ -95,12 +95,7 @@ def processes() -> dict:
 
     Every rank has to call it.
     """
-    own = [(socket.gethostname(), device())]
-    everyone = [own]
-    if ranks.count() > 1:
-        everyone = [None] * ranks.count()
-        torch.distributed.all_gather_object(everyone, own)
-    names, devices = zip(*(pair for pairs in everyone for pair in pairs), strict=True)
+    names, devices = zip(*ranks.everyone((socket.gethostname(), device())), strict=True)
     return {
         "launcher": launcher(),
         "processes": ranks.count(),

@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 
 import psutil
@@ -27,34 +28,45 @@ def run_all(lines: list[list[str]], side_by_side: int) -> int:
     waiting, active, status, stops = list(lines), {}, 0, []
     adopt_orphans()
     os.environ["LLACA_LAUNCHER"] = str(os.getpid())
-    awaited = STOPS | {signal.SIGCHLD}
-    # They wait until they are asked for: none comes between two lines, and none is lost.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
-
-    def prepare():
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        die_with_launcher()
-
-    try:
+    with noticed(STOPS | {signal.SIGCHLD}) as next_signal:
         while True:
             for line in sorted(set(range(side_by_side)) - set(active)):
                 if waiting and not status and not stops:
                     environment = {**os.environ, "LLACA_BAR": str(line)}
                     active[line] = subprocess.Popen(
-                        waiting.pop(0), env=environment, preexec_fn=prepare, start_new_session=True
+                        waiting.pop(0), env=environment, preexec_fn=die_with_launcher, start_new_session=True
                     )
             if not active and not trainers(descendants()):
                 break
-            number = signal.sigwait(awaited)
+            number = next_signal()
             if number in STOPS:
                 stops.append(number)
                 stop(len(stops), signal.Signals(number).name)
             for line, child in reap(active):
                 status = status or (child.returncode if child.returncode >= 0 else 128 - child.returncode)
                 del active[line]
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return 128 + stops[0] if stops else status
+
+
+@contextmanager
+def noticed(numbers: Collection[int]) -> Iterator[Callable[[], int]]:
+    """Yields what waits for a signal and returns its number; meanwhile these do nothing else.
+
+    None is lost, whichever thread of the process the system gives it to (a progress bar's, a library's): its number
+    goes through a pipe.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield lambda: os.read(reading, 1)[0]
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reading)
+        os.close(writing)
 
 
 def stop(time: int, name: str) -> None:

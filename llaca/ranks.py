@@ -7,11 +7,12 @@ import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 
+T = TypeVar("T")
 # Some platforms set these for a single process, too; accelerate would look for others.
 PRESET = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -99,13 +100,18 @@ def first_of_host() -> bool:
     return PartialState().is_local_main_process
 
 
+def everyone(mine: T) -> list[T]:
+    """What every process has, by rank."""
+    found = [mine]
+    if count() > 1:
+        found = [None] * count()
+        torch.distributed.all_gather_object(found, mine)
+    return found
+
+
 def agreed(value: Any, what: str) -> Any:
     """What the first processes of all hosts say; the others say None. Raises ValueError if they differ in `what`."""
-    said = [value]
-    if count() > 1:
-        said = [None] * count()
-        torch.distributed.all_gather_object(said, value)
-    said = [one for one in said if one is not None]
+    said = [one for one in everyone(value) if one is not None]
     if any(one != said[0] for one in said):
         raise ValueError(f"the hosts differ in {what}: all of them need the same data")
     return said[0]

@@ -8,7 +8,6 @@ runs/<name>/recipe.yaml, environment.json      written when nothing can refuse t
 """
 
 import ctypes
-import errno
 import fcntl
 import json
 import os
@@ -30,13 +29,13 @@ import yaml
 from tqdm import tqdm
 
 from data.benchmark import train_file
+from data.cache import NO_LOCKS
 from data.checksums import checksum
 from llaca import machine
 from llaca.config import Recipe
 
 BASE_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
 NO_MATTER = ("runs_dir", "report_to", "loader_workers", "expected_minutes", "save_steps", "beta_trace")  # to the result
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # some network file systems
 
 
 @dataclass(frozen=True)
@@ -127,15 +126,17 @@ def check_run(recipe: Recipe) -> None:
 def changed_inputs(recipe: Recipe, before: dict[str, str]) -> list[str]:
     """What differs between the checksums `before`, by name, and the run's files now: a line for each."""
     files, lines = input_files(recipe), []
-    # A run of before tokenizer and configuration were recorded has weights and training files alone.
+    # A run of before tokenizer and configuration were recorded has weights and training files alone, and of large ones
+    # the size.
     for name in sorted({*before, *files} if "config.json" in before else before):
         file = files.get(name, Path(recipe.model.base) / name)
-        what = f"the training records of {name}" if name in recipe.stream.tasks else "of the base"
+        what = "of the base" if file.parent == Path(recipe.model.base) else "DeepSpeed's configuration"
+        what = f"the training records of {name}" if name in recipe.stream.tasks else what
         if name not in files:
             lines.append(f"{file} ({what}) is not there any more")
         elif name not in before:
             lines.append(f"{file} ({what}) was not there")
-        elif before[name] != checksum(file):
+        elif before[name] != (f"{file.stat().st_size} bytes" if before[name].endswith(" bytes") else checksum(file)):
             lines.append(f"{file} ({what}) has changed since")
     return lines
 
@@ -196,11 +197,19 @@ def reserved(recipe: Recipe) -> Iterator[Callable[[], Path]]:
         yield freeze
 
 
+def deepspeed_file(zero: str) -> Path:
+    """DeepSpeed's configuration for a recipe's `zero`, which is not "none"."""
+    return Path(__file__).parents[1] / "scripts" / f"zero{zero}.json"
+
+
 def input_files(recipe: Recipe) -> dict[str, Path]:
-    """What a run is made from: the base's weights, configuration and tokenizer by file name, and every task's training
-    file by the task's name."""
+    """What a run is made from: the base's weights, configuration and tokenizer and DeepSpeed's configuration by file
+    name, and every task's training file by the task's name."""
     stream, base = recipe.stream, Path(recipe.model.base)
     files = {path.name: path for path in sorted(base.glob("*")) if path.suffix in BASE_FILES and path.is_file()}
+    if recipe.run.zero != "none":
+        engine = deepspeed_file(recipe.run.zero)
+        files[engine.name] = engine
     return files | {task: train_file(stream.data_root, stream.instructions, task) for task in stream.tasks}
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from data.benchmark import image_root, open_benchmark
 from data.checksums import checksum
 from llaca import hosts, ranks
 from llaca.config import Recipe, TrainConfig, load_recipe
-from llaca.engine import cast_for_engine, config_file, release, sharded_loading, shards_weights, whole
+from llaca.engine import cast_for_engine, release, sharded_loading, shards_weights, whole
 from llaca.folders import (
     MEMORY,
     TRAINER,
@@ -45,6 +46,7 @@ from llaca.records import TaskRecords, load_stream, stage_datasets, stage_wordin
 from llaca.stream import (
     Stage,
     check_order,
+    deepspeed_file,
     die_with_launcher,
     environment,
     frozen,
@@ -221,7 +223,7 @@ def trainer_arguments(recipe: Recipe, settings: TrainConfig, stage: Stage, seed:
         logging_steps=recipe.run.logging_steps,
         save_strategy="steps" if recipe.run.save_steps else "no",
         save_steps=recipe.run.save_steps or 1,
-        deepspeed=None if recipe.run.zero == "none" else str(config_file(recipe.run.zero)),
+        deepspeed=None if recipe.run.zero == "none" else str(deepspeed_file(recipe.run.zero)),
         report_to=recipe.run.report_to,
         run_name=f"{recipe.run.run}/{stage.name}",
         disable_tqdm=True,
@@ -249,7 +251,7 @@ def run(recipe: Recipe) -> Path:
         for stage in stages if ranks.first() else ():
             if stage.done:
                 tidy(stage)
-        if not all(stage.done for stage in stages):
+        if not all(done_stages(stages)):
             train_stages(recipe, stages, records, method, freeze)
     return folder
 
@@ -272,14 +274,13 @@ def train_stages(
     hosts.together(freeze)
     line = int(os.environ.get("LLACA_BAR", 0))  # of the terminal, where several runs share it
     with tqdm(total=total, desc=recipe.run.run, unit="step", position=line, disable=not ranks.first()) as bar:
-        for stage in stages:
-            if stage.done:
+        for stage, done in zip(stages, done_stages(stages), strict=True):
+            if done:
                 pool = Pool.from_json((stage.folder / "codebook.json").read_text(encoding="utf-8"))
                 bar.update(json.loads((stage.folder / "stage.json").read_text(encoding="utf-8"))["steps"])
                 continue
             choice = pool.choose(instructions[stage.name])
-            if ranks.first():
-                begin(run_folder(recipe), stage, origin_of(stage, choice, method, datasets))
+            hosts.together(partial(begin_stage, recipe, stage, choice, method, datasets))
             if ranks.same(stage.done):  # it was whole and lacked its name
                 pool.put(choice, instructions[stage.name], stage.task, stage.name)
                 bar.update(settings[stage.name].steps(len(datasets[stage.task]), ranks.count()))
@@ -302,6 +303,19 @@ def train_stages(
                 unset_hf_deepspeed_config()
                 gc.collect()
                 torch.cuda.empty_cache()
+
+
+def begin_stage(
+    recipe: Recipe, stage: Stage, choice: Choice, method: Method, datasets: dict[str, InstructionDataset]
+) -> None:
+    """The first process's `begin` of the stage, with what it is to be trained from."""
+    if ranks.first():
+        begin(run_folder(recipe), stage, origin_of(stage, choice, method, datasets))
+
+
+def done_stages(stages: list[Stage]) -> list[bool]:
+    """Which stages are done, as the first process sees it: another host may not see at once what was written."""
+    return ranks.same([stage.done for stage in stages])
 
 
 def what_ran(recipe: Recipe, stage: Stage) -> dict:

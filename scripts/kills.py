@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -69,7 +70,7 @@ class Machine:
                 with suppress(psutil.NoSuchProcess):
                     victim.send_signal(number)
         deadline = time.monotonic() + PATIENCE
-        while left := [process for process in found if process.is_running() and process.status() != "zombie"]:
+        while left := [process for process in found if alive(process)]:
             started.poll()
             if time.monotonic() > deadline:
                 for process in left:
@@ -78,6 +79,14 @@ class Machine:
             time.sleep(0.02)
         started.wait()
         return "one" if alone else "all"
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether it runs still."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # between the two questions
+        return False
 
 
 class TwoHosts(Machine):
@@ -230,9 +239,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def killed_runs(name: str, work: Path, plan: list[str], rng: random.Random) -> list[dict]:
-    """Kills one engine's runs at the moments of `plan`; a row per kill."""
-    runs, rows = Runs(name, work, rng), []
+def killed_runs(name: str, work: Path, plan: list[str], rng: random.Random, rows: list[dict]) -> None:
+    """Kills one engine's runs at the moments of `plan`; adds a row per kill."""
+    runs = Runs(name, work, rng)
     whole = runs.end("whole", False) and runs.end("whole", True)
     if not whole:
         raise SystemExit(f"{name}: the undisturbed run failed")
@@ -260,7 +269,6 @@ def killed_runs(name: str, work: Path, plan: list[str], rng: random.Random) -> l
         else:
             shutil.rmtree(runs.work / run)
         rows += [{**row, "identical": not differs} for row in own]
-    return rows
 
 
 def table(rows: list[dict]) -> str:
@@ -288,17 +296,19 @@ def main() -> None:
     rng, began, rows = random.Random(args.seed), time.monotonic(), []
     plan = [(args.engines[i % len(args.engines)], args.moments[i // len(args.engines) % len(args.moments)])
             for i in range(args.times)]  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        work = args.work or Path(folder)
-        for engine in args.engines:
-            moments = [moment for name, moment in plan if name == engine]
-            rng.shuffle(moments)
-            rows += killed_runs(engine, work, moments, rng)
-    text = table(rows)
-    print(text)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            work = args.work or Path(folder)
+            for engine in args.engines:
+                moments = [moment for name, moment in plan if name == engine]
+                rng.shuffle(moments)
+                killed_runs(engine, work, moments, rng, rows)
+    finally:  # what was seen is told, whatever came between
+        text = table(rows) if rows else ""
+        print(text)
     if args.out:
         minutes = (time.monotonic() - began) / 60
-        command = f"python -m scripts.kills --times {args.times} --seed {args.seed}"
+        command = shlex.join(["python", "-m", "scripts.kills", *sys.argv[1:]])
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(f"# Kills\n\n`{command}`, {minutes:.0f} minutes, {os.cpu_count()} cores.\n\n{text}")
     if any(row["failed"] or not row["identical"] for row in rows):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.predict import Answerer, Run, open_run
+from eval.tasks import task_of
 from llaca.methods import METHODS
 from llava.generate import answer_batches
 from llava.model import load_adapter
@@ -63,16 +64,17 @@ def answers(run: Run, stage: str, questions: int, batch_size: int) -> float:
         return model
 
     models, found, seconds = variants(answerer.base.bfloat16(), adapted), {}, {}
-    share = -(-questions // len(run.tasks))
-    for task in run.tasks:
-        answerer.ids(run, task)  # tokenised before the clock starts
+    share, stream = -(-questions // len(run.tasks)), run.recipe.stream
+    limits = {task: stream.max_new_tokens or task_of(stream.data_root, task).spec.max_new_tokens for task in run.tasks}
     for name, model in models.items():
         start, found[name] = time.process_time(), []
         for task in run.tasks:
-            asked, ids = run.questions[task][:share], answerer.ids(run, task)[:share]
-            said = [""] * len(asked)
-            batches = answer_batches(model, answerer.processor, ids, [q.image for q in asked],
-                                     run.recipe.stream.max_new_tokens, batch_size, answerer.features)  # fmt: skip
+            asked = run.questions[task]
+            numbers = range(min(share, len(asked)))
+            said = [""] * len(numbers)
+            batches = answer_batches(model, answerer.processor, [asked.ids(n) for n in numbers],
+                                     [asked.picture(n) for n in numbers], limits[task], batch_size,
+                                     answerer.features)  # fmt: skip
             for numbers, texts in batches:
                 for number, text in zip(numbers, texts, strict=True):
                     said[number] = text

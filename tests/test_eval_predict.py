@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -83,7 +84,7 @@ def test_a_killed_share_goes_on_with_another_number_of_processes(trained, tmp_pa
     answer_share([open_run(folder)], 0, 2, 1)  # the other process never came
     [part] = folder.glob("answers/03-GQA/GQA.jsonl.part-*")
     kept = part.read_bytes()
-    part.write_bytes(kept[: len(kept) // 2])  # killed in the middle of a line
+    part.write_bytes(kept[: len(kept) // 2] + b"\xc3")  # killed in the middle of a line, and of a character
     left = part.read_bytes().count(b"\n")
     assert 0 < left < kept.count(b"\n")
     with pytest.raises(ValueError, match=r"ScienceQA\.jsonl: of 7 questions 3 have no answer"):
@@ -192,6 +193,18 @@ def test_a_process_that_fails_ends_the_others(trained, tmp_path):
     )
     assert done.returncode != 0 and f"record {number} (question_id '{record['question_id']}')" in done.stderr
     assert not list(folder.glob("answers/**/*.jsonl")) and list(folder.glob("answers/*/GQA.jsonl.part-1"))
+
+
+def test_merged_answers_are_counted_beside_others(trained, capsys, monkeypatch):
+    from scripts import merged_answers
+
+    monkeypatch.setattr(merged_answers, "WIDTHS", (64,))
+    line = ["merged_answers", "--run", str(trained / "r"), "--stage", "03-GQA", "--questions", "6"]
+    monkeypatch.setattr(sys, "argv", line)
+    merged_answers.main()
+    printed = capsys.readouterr().out
+    assert "6 questions of ScienceQA, TextVQA, GQA" in printed and printed.count("| 64 |") == 2
+    assert re.search(r"\| float32 \| 0 \| \d \|", printed)
 
 
 def test_which_cells_are_answered(trained, tmp_path):

@@ -258,3 +258,12 @@ def test_a_recipe_that_names_its_method_is_trained_with_it(tmp_path):
     (tmp_path / "r.yaml").write_text(NEEDED + "run: mine\n")
     names = [recipe.run.run for recipe, _ in commands(["--recipe", str(tmp_path / "r.yaml")])]
     assert names == ["mine-lora", "mine-llaca"]
+
+
+def test_a_field_without_a_default_may_stand_on_the_command_line_alone(tmp_path):
+    (tmp_path / "own.yaml").write_text(NEEDED.replace("base:", "# base:"))
+    recipe = load_recipe(["--recipe", str(tmp_path / "own.yaml"), "--base", "checkpoints/tiny-llava", "--epochs", "7"])
+    assert (recipe.model.base, recipe.train.epochs) == ("checkpoints/tiny-llava", 7)
+    assert "epochs-7" in recipe.run.run and "base" not in recipe.run.run
+    with pytest.raises(SystemExit):
+        load_recipe(["--recipe", str(tmp_path / "own.yaml")])

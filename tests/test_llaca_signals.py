@@ -69,6 +69,22 @@ def test_the_second_signal_neither_hangs_nor_loses_what_is_saved(tmp_path, numbe
     assert [file.read_text() for file in files] == ["1", "1"], "a run gets one signal, however many the launcher gets"
 
 
+def test_signals_to_a_thread_that_was_there_before_are_noticed(tmp_path):
+    """A progress bar leaves one behind, and so do libraries: the system may give it any signal of the process."""
+    file = tmp_path / "a"
+    thread = "import threading, time; threading.Thread(target=time.sleep, args=(600,), daemon=True).start(); "
+    busy = "from llaca import processes; stop = processes.stop; "
+    busy += "processes.stop = lambda *told: (stop(*told), time.sleep(1)); "
+    line = [sys.executable, "-c", thread + busy + LAUNCHER, json.dumps([[sys.executable, "-c", SAVER, str(file)]])]
+    launcher = subprocess.Popen(line, cwd=ROOT, process_group=0, stderr=subprocess.PIPE)
+    wait_for(Path(f"{file}.started").exists, launcher)
+    launcher.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    launcher.send_signal(signal.SIGTERM)  # while the first thread is at work on the one before
+    assert launcher.wait(timeout=20) == 128 + signal.SIGTERM
+    assert file.read_text() == "1"
+
+
 def test_the_third_signal_kills(tmp_path):
     files = [tmp_path / "a", tmp_path / "b"]
     launcher = started([[sys.executable, "-c", DEAF, str(file)] for file in files], files)

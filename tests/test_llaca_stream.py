@@ -14,11 +14,12 @@ import pytest
 import yaml
 from test_llaca_train import arguments, mini  # noqa: F401
 
-from llaca import machine
+from llaca import machine, stream
 from llaca.config import load_recipe
-from llaca.stream import check_run, commit, open_run
+from llaca.stream import check_run, commit, input_files, open_run
 from llaca.train import run
 
+ROOT = Path(__file__).parents[1]
 LINE = ["--method", "lora", "--tasks", "TextVQA", "--max-train-samples", "8"]
 
 
@@ -128,11 +129,29 @@ def test_a_file_that_changed_is_named_with_what_to_do(line, lent, tiny_base, tmp
         check_run(recipe)
     (base / "elsewhere").rename(base / "tokenizer_config.json")
     check_run(recipe)
-    # A run of before the configuration was recorded goes on.
+    # A run of before the configuration was recorded goes on, and one of before large files had checksums.
     frozen = yaml.safe_load((folder / "recipe.yaml").read_text())
-    frozen["inputs"] = {name: told[name] for name in ("model.safetensors", "TextVQA")}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(frozen))
+    weights = base / "model.safetensors"
+    for content in (told["model.safetensors"], f"{weights.stat().st_size} bytes"):
+        frozen["inputs"] = {"model.safetensors": content, "TextVQA": told["TextVQA"]}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(frozen))
+        check_run(recipe)
+    weights.write_bytes(weights.read_bytes() + b" ")
+    with pytest.raises(ValueError, match=r"model.safetensors \(of the base\) has changed since"):
+        check_run(recipe)
+
+
+def test_deepspeeds_configuration_is_one_of_the_files(line, tmp_path, monkeypatch):
+    recipe = load_recipe([*line, "--zero", "2"])
+    assert input_files(recipe)["zero2.json"] == ROOT / "scripts/zero2.json"
+    folder = open_run(recipe)
+    (folder / "stages/01-TextVQA").mkdir(parents=True)
     check_run(recipe)
+    changed = tmp_path / "zero2.json"
+    changed.write_text((ROOT / "scripts/zero2.json").read_text() + " ")
+    monkeypatch.setattr(stream, "deepspeed_file", lambda zero: changed)
+    with pytest.raises(ValueError, match=r"zero2.json \(DeepSpeed's configuration\) has changed since"):
+        check_run(recipe)
 
 
 def test_a_stage_tells_what_it_ran_on_and_was_made_from(line):

@@ -109,9 +109,7 @@ def cut_rows(layout: Layout) -> tuple[list[tuple[int, int, int]], int]:
             row, column = divmod(edge, width(piece.shape))
             if column:
                 mine[piece.name, row] = index, row - piece.start // width(piece.shape)
-    everyone = [None] * ranks.count()
-    torch.distributed.all_gather_object(everyone, list(mine))
-    places = sorted({row for rows in everyone for row in rows})
+    places = sorted({row for rows in ranks.everyone(list(mine)) for row in rows})
     return [(*here, places.index(row)) for row, here in mine.items()], len(places)
 
 
