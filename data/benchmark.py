@@ -26,9 +26,10 @@ INSTRUCTION_PLACES = ("last line", "first line", "before colon")
 class TaskSpec:
     """One task of a benchmark, as its YAML file describes it.
 
-    scoring: a name of eval.tasks.SCORING. folders: names its folder may have, below the instruction set. test, train,
-    dev: files in it. instruction: where a prompt holds what makes tasks alike, one of INSTRUCTION_PLACES ("before
-    colon": of the last line). max_new_tokens: of an answer. records: known counts by split. source: where to get it.
+    scoring: a name of data.references.FILES. folders: names its folder may have, below the instruction set. test,
+    train, dev: files in it. instruction: where a prompt holds what makes tasks alike, one of INSTRUCTION_PLACES
+    ("before colon": of the last line). max_new_tokens: of an answer. records: known counts by split. source: where to
+    get it.
     """
 
     name: str

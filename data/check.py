@@ -26,7 +26,7 @@ from pathlib import Path
 from data.benchmark import COIN, INSTRUCTION_SETS, Benchmark, open_benchmark
 from data.cache import cache_folder, replace_whole
 from data.records import SHOWN_PROBLEMS, DataError, Problem
-from eval.tasks import task_of
+from data.references import files_of
 from llava.conversation import Vocabulary
 from llava.dataset import cut_problems
 from llava.prepare import Prepared, Source, digest_of, open_records, silent_problems
@@ -161,8 +161,8 @@ def check(benchmark: Benchmark, instructions: str, tasks: Sequence[str] = (), re
     for source, report in sources.items():
         _report(benchmark, report, prepared[source], reader)
         if report.split == "test" and isinstance(prepared[source], Prepared):
-            faults = task_of(benchmark, report.task).check_questions(benchmark, instructions)
-            report.problems = sorted([*report.problems, *(Problem(*fault) for fault in faults)])
+            report.problems += files_of(benchmark, report.task).check_questions(benchmark, instructions)
+            report.problems.sort()
     return Report(benchmark, instructions, files, time.monotonic() - start)
 
 
@@ -235,7 +235,7 @@ def _note(report: Report, reader: Reader | None) -> None:
         for file in report.files
     ]
     tasks = dict.fromkeys(file.task for file in report.files)
-    annotations = [found for name in tasks for found in task_of(benchmark, name).annotation_files(benchmark)]
+    annotations = [found for name in tasks for found in files_of(benchmark, name).annotation_files(benchmark)]
     files = (benchmark.file, *(file.file for file in report.files), *annotations)
     seen = {str(found.resolve()): _fingerprint(found) for found in files}
     text = json.dumps({"seen": seen, "files": rows}) + "\n"

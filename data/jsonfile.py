@@ -1,6 +1,7 @@
 """JSON files as people have them: a list, an object, JSON lines; whatever else a file is, is named with its remedy."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,32 @@ def _json_lines(text: str) -> list | None:
     except json.JSONDecodeError:
         return None
     return values if all(isinstance(value, dict) for value in values) else None
+
+
+def read_json_of(path: str | Path, kind: type) -> Any:
+    """Return what a JSON file holds, whose top level must be a `kind` (list or dict) with at least one entry.
+
+    Raises FileNotFoundError or ValueError naming the file, as `read_json` does.
+    """
+    content = read_json(path)
+    if not isinstance(content, kind) or not content:
+        raise ValueError(f"{path}: expected a JSON {kind.__name__} with at least one entry")
+    return content
+
+
+def field(record: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """Return `record[key]`, which must be there and be a `kind`; `where` names file and record in the ValueError.
+
+    True and false are no numbers here.
+    """
+    value = record.get(key) if isinstance(record, Mapping) else None
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where}: '{key}' is missing or of the wrong type; correct the record")
+    return value
+
+
+def one_of(value: str, known: Mapping[str, Any] | Sequence[str], what: str) -> str:
+    """Return `value`, which must be one of `known`; ValueError listing them otherwise."""
+    if value not in known:
+        raise ValueError(f"{what} '{value}' is not known; choose one of {', '.join(known)}")
+    return value

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from data.benchmark import INSTRUCTION_SETS, image_root, open_benchmark
+from data.jsonfile import field
 from data.records import IMAGE, Loaded, Problem, instruction_of, picture_fault, read_list, samples_of
+from data.references import SPLITS
 from eval.tasks import MODES, task_of
-from eval.tasks.base import SPLITS, field
 
 Turns = list[tuple[str, str]]  # (question, answer) of one record
 MIN_COUNT = 5  # training answers that make a question text a guide of its own
@@ -136,7 +137,7 @@ def score_task(
         format_rate=percent(in_form / n),
         per_question=per_question,
         legacy_report=task.legacy_report(rows, legacy, released),
-        left_out=sum(not limit or fault.record < limit for fault in found.faults),
+        left_out=sum(not limit or fault.record < limit for fault in found.problems),
     )
 
 

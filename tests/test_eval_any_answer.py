@@ -6,11 +6,9 @@ from math import isfinite
 import pytest
 
 from data.benchmark import TaskSpec
+from data.references import Answer, GQAAnswer, Options, Region, exact_box
 from eval.tasks import SCORING
-from eval.tasks.base import Answer
-from eval.tasks.choice import Problem
-from eval.tasks.gqa import Question
-from eval.tasks.grounding import Region, exact_box, loose_box
+from eval.tasks.grounding import loose_box
 
 WORDS = """
     a an the A B C D E F (B) C. d) yes no two 2 10 1,000 .5 -3 7.8125e-05 1e999 nan inf 0.2, [0.1, ] [ , . ... ; : ! ?
@@ -36,9 +34,9 @@ def box(generator) -> str:
 def reference(scoring: str, generator):
     if scoring in ("scienceqa", "choice"):
         choices = tuple(words(generator, 3) for _ in range(generator.randint(1, 5)))
-        return Problem(choices, generator.randrange(len(choices)))
+        return Options(choices, generator.randrange(len(choices)))
     if scoring == "gqa":
-        return Question(words(generator, 2), True, True, None)
+        return GQAAnswer(words(generator, 2), True, True, None)
     if scoring in ("grounding", "box"):
         return Region(box(generator), generator.choice([1, 480, 640.0]))
     said = [words(generator, 2) for _ in range(generator.randint(1, 3))]
@@ -50,7 +48,7 @@ def answer(task, truth, generator) -> str:
     """Anything at all, or something near the truth."""
     if generator.random() < 0.4:
         return words(generator)
-    if isinstance(truth, Problem):
+    if isinstance(truth, Options):
         near = generator.choice([*"ABCDE", *truth.choices])
         return generator.choice(["{}", "{}.", "({}) ", "The answer is {}.", "answer is: {}"]).format(near) + words(
             generator

@@ -7,21 +7,25 @@ from pathlib import Path
 import pytest
 
 from data.benchmark import TaskSpec
-from eval.tasks import TASKS
-from eval.tasks.base import Answer, OpenQuestionTask
-from eval.tasks.choice import Problem
-from eval.tasks.gqa import Question
-from eval.tasks.grounding import Region, exact_box, intersection_over_union, legacy_box, loose_box
+from data.references import FILES, Answer, GQAAnswer, Options, Region, exact_box
+from eval.tasks import SCORING, TASKS
+from eval.tasks.base import OpenQuestionTask
+from eval.tasks.grounding import intersection_over_union, legacy_box, loose_box
 from eval.tasks.words import consensus, forgiving, normalise
 
 GOLDEN = Path(__file__).parent / "golden" / "scores"
-ANIMALS = Problem(("a frog", "a cat", "a dog"), answer=2)
+ANIMALS = Options(("a frog", "a cat", "a dog"), answer=2)
 
 
 def scores(task, text, reference):
     """(official, legacy, lenient) of one answer."""
     task = TASKS[task]
     return task.official(text, reference), task.legacy(text, reference), task.lenient(text, reference)
+
+
+def test_what_is_scored_is_what_is_checked():
+    assert list(SCORING) == list(FILES)
+    assert all(issubclass(SCORING[name], FILES[name]) for name in FILES)
 
 
 # --- words ---
@@ -149,7 +153,7 @@ def test_scienceqa(text, expected):
 
 
 def test_scienceqa_legacy_reads_an_article_as_an_option():
-    assert scores("ScienceQA", "It is a cat", Problem(("a frog", "a cat"), answer=0)) == (0, 1, 0)
+    assert scores("ScienceQA", "It is a cat", Options(("a frog", "a cat"), answer=0)) == (0, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +193,7 @@ def test_ten_annotators_are_scored_by_consensus():
 
 
 def test_gqa():
-    question = Question("red", balanced=True, open=True, group=None)
+    question = GQAAnswer("red", balanced=True, open=True, group=None)
     assert scores("GQA", "Red..", question) == (1, 1, 1)
     assert scores("GQA", "the red", question) == (0, 0, 1)
 
@@ -309,9 +313,9 @@ def test_dev_references_lie_beside_the_test_ones(tmp_path):
     }
     write(tmp_path / "cl_dataset/GQA/dev_balanced_questions.json", {"g": question})
     loaded = {name: TASKS[name].load_references(tmp_path, split="dev") for name in ("ScienceQA", "TextVQA", "GQA")}
-    assert loaded["ScienceQA"] == {"2": Problem(("x", "y"), 1)}
+    assert loaded["ScienceQA"] == {"2": Options(("x", "y"), 1)}
     assert loaded["TextVQA"] == {"7": Answer("stop", ("stop",) * 10)}
-    assert loaded["GQA"] == {"g": Question("red", balanced=True, open=True, group=None)}
+    assert loaded["GQA"] == {"g": GQAAnswer("red", balanced=True, open=True, group=None)}
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from types import ModuleType
 from tqdm import tqdm
 
 from data.benchmark import COIN, INSTRUCTION_SETS, open_benchmark
+from data.jsonfile import one_of
 from data.prepare import gqa, grounding, imagenet, ocrvqa, scienceqa, textvqa, vizwiz, vqav2
 from data.prepare.source import Record, Source
 from data.prepare.write import write_task
-from eval.tasks.base import one_of
 
 READERS: dict[str, ModuleType] = {  # each: read(source) -> (training, evaluated records), ANNOTATIONS to copy
     "ScienceQA": scienceqa,

@@ -15,9 +15,9 @@ from itertools import chain
 
 from tqdm import tqdm
 
+from data.jsonfile import field
 from data.prepare.plain_pickle import load_plain
 from data.prepare.source import Record, Source, by_picture, text
-from eval.tasks.base import field
 
 ANNOTATIONS = ()
 RELEASES = {

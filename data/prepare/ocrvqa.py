@@ -9,8 +9,8 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from data.jsonfile import field
 from data.prepare.source import Record, Source, by_picture, text
-from eval.tasks.base import field
 
 ANNOTATIONS = ()
 TRAIN, VALIDATION, TEST = 1, 2, 3

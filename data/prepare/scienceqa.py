@@ -11,9 +11,9 @@ where there is no hint. The answer is the option's letter.
 
 from typing import Any
 
+from data.jsonfile import field
 from data.prepare.source import Record, Source, text
-from eval.tasks.base import field
-from eval.tasks.choice import LETTERS
+from data.references import LETTERS
 
 ANNOTATIONS = ("problems.json", "pid_splits.json")
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eval.tasks.base import annotator_answers, field
+from data.jsonfile import field
+from data.references import annotator_answers
 
 
 @dataclass(frozen=True)

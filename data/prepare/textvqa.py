@@ -7,8 +7,9 @@ The training answer is the most frequent of the ten.
 
 from collections.abc import Iterator
 
+from data.jsonfile import field
 from data.prepare.source import Record, Source, most_frequent, text
-from eval.tasks.base import annotator_answers, field
+from data.references import annotator_answers
 
 ANNOTATIONS = ("TextVQA_0.5.1_val.json",)
 OCR = "TextVQA_Rosetta_OCR_v0.2_{}.json"

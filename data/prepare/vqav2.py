@@ -6,8 +6,8 @@ frequent of the ten. Training: one record for all questions of a picture.
 
 from collections.abc import Collection, Iterator
 
+from data.jsonfile import field
 from data.prepare.source import Record, Source, annotators, by_picture, text
-from eval.tasks.base import field
 
 ANNOTATIONS = ()
 

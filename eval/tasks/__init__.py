@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from data.benchmark import COIN, Benchmark, open_benchmark
+from data.references import files_of
 from eval.tasks.base import MODES, OpenQuestionTask, Task
 from eval.tasks.choice import Choice
 from eval.tasks.gqa import GQA
@@ -32,13 +33,7 @@ SCORING: dict[str, type[Task]] = {
 
 def task_of(root: Path | str | Benchmark, name: str) -> Task:
     """A task of the benchmark in `root`, by its name or its folder's. Raises ValueError for an unknown one."""
-    benchmark = open_benchmark(root)
-    spec = benchmark.task(name)
-    if spec.scoring not in SCORING:
-        raise ValueError(
-            f"{benchmark.file}: scoring '{spec.scoring}' of task {spec.name} is not one of {', '.join(SCORING)}"
-        )
-    return SCORING[spec.scoring](spec)
+    return SCORING[files_of(root, name).spec.scoring](open_benchmark(root).task(name))
 
 
 _COIN = open_benchmark(".", COIN)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
-from eval.tasks.base import Task, field
+from data.references import LETTERS, ChoiceFiles, Options
+from eval.tasks.base import Task
 from eval.tasks.words import forgiving, normalise
 
-LETTERS = "ABCDE"
 WRONG = -1
 # ScienceQA's own way to find the option (run_gpt3.py, github.com/lupantech/ScienceQA): any character ends it.
 _ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
@@ -24,87 +21,72 @@ _LETTER_FORMS = (
 )
 
 
-@dataclass(frozen=True)
-class Problem:
-    """The options of a question and the index of the right one."""
-
-    choices: tuple[str, ...]
-    answer: int
-
-
-class Choice(Task):
+class Choice(ChoiceFiles, Task):
     """An option letter, as ScienceQA's; `choices`, the options' texts, is optional and lets `lenient` forgive them."""
 
-    def reference_of(self, record: Mapping[str, Any], where: str) -> Problem:
-        letter = field(record, "answer", str, where)
-        choices = field(record, "choices", list, where) if "choices" in record else [""] * len(LETTERS)
-        if letter not in tuple(LETTERS[: len(choices)]):
-            raise ValueError(f"{where}: answer '{letter}' is no letter of its {len(choices)} options")
-        return Problem(tuple(map(str, choices)), LETTERS.index(letter))
-
-    def official(self, text: str, reference: Problem) -> float:
+    def official(self, text: str, reference: Options) -> float:
         return float(stated_option(text, reference) == reference.answer)
 
-    def legacy(self, text: str, reference: Problem) -> float:
+    def legacy(self, text: str, reference: Options) -> float:
         return float(legacy_option(text, reference) == reference.answer)
 
-    def lenient(self, text: str, reference: Problem) -> float:
+    def lenient(self, text: str, reference: Options) -> float:
         return float(meant_option(text, reference) == reference.answer)
 
-    def has_form(self, text: str, reference: Problem) -> bool:
+    def has_form(self, text: str, reference: Options) -> bool:
         return text.strip() in LETTERS[: len(reference.choices)] and len(text.strip()) == 1
 
 
-def option_index(letter: str, problem: Problem) -> int:
-    """Index of an option letter, WRONG if this problem has no such option."""
+def option_index(letter: str, options: Options) -> int:
+    """Index of an option letter, WRONG if there is no such option."""
     index = LETTERS.find(letter.upper())
-    return index if index < len(problem.choices) else WRONG
+    return index if index < len(options.choices) else WRONG
 
 
-def stated_option(text: str, problem: Problem) -> int:
+def stated_option(text: str, options: Options) -> int:
     """The option an answer states, else WRONG: where "The answer is X." stands once, X, as the benchmark itself reads
     it (and if it stands more than once, nothing); else an answer that is a letter in one of the usual forms."""
     text = text.strip()
     if found := _ANSWER_IS.findall(text):
-        return option_index(found[0], problem) if len(found) == 1 else WRONG
+        return option_index(found[0], options) if len(found) == 1 else WRONG
     for form in _LETTER_FORMS:
         if letter := form.fullmatch(text):
-            return option_index(letter.group(1), problem)
+            return option_index(letter.group(1), options)
     return WRONG
 
 
-def legacy_option(text: str, problem: Problem) -> int:
+def legacy_option(text: str, options: Options) -> int:
     """The released evaluator's reading: a letter, "B. ...", else the first single word character standing
     alone, whatever it is: the article of "a dog" is option A, a digit is wrong."""
     if text in tuple(LETTERS) or (len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". "):
-        return option_index(text[0], problem)
+        return option_index(text[0], options)
     alone = re.search(r"\b\w\b", text)
-    return option_index(alone.group(), problem) if alone else WRONG
+    return option_index(alone.group(), options) if alone else WRONG
 
 
-def meant_option(text: str, problem: Problem) -> int:
+def meant_option(text: str, options: Options) -> int:
     """The option an answer states, or is the text of, or names: in front of its reason if it has one, else anywhere."""
-    stated = stated_option(text, problem)
+    stated = stated_option(text, options)
     if stated != WRONG:
         return stated
-    equal = [i for i, choice in enumerate(problem.choices) if normalise(choice) == normalise(text) != ""]
+    equal = [i for i, choice in enumerate(options.choices) if normalise(choice) == normalise(text) != ""]
     if equal:
         return equal[0]
     in_front = re.split(r"\bbecause\b", text, maxsplit=1, flags=re.IGNORECASE)[0]
-    named = (named_option(part, problem) for part in (in_front, text))
+    named = (named_option(part, options) for part in (in_front, text))
     return next((option for option in named if option != WRONG), WRONG)
 
 
-def named_option(text: str, problem: Problem) -> int:
+def named_option(text: str, options: Options) -> int:
     """The one option that a text gives as the answer, or whose text it holds, or whose capital letter stands alone."""
-    stated = stated_option(text, problem)
+    stated = stated_option(text, options)
     if stated != WRONG:
         return stated
     announced = set(_LOOSE_ANSWER_IS.findall(text))
     if len(announced) == 1:
-        return option_index(announced.pop(), problem)
-    inside = [i for i, choice in enumerate(problem.choices) if normalise(choice) and forgiving(text, choice)]
+        return option_index(announced.pop(), options)
+    inside = [i for i, choice in enumerate(options.choices) if normalise(choice) and forgiving(text, choice)]
     if len(inside) == 1:
         return inside[0]
     letters = set(re.findall(r"(?<![\w'])[A-E](?![\w'])", text))
-    return option_index(letters.pop(), problem) if len(letters) == 1 else WRONG
+    return option_index(letters.pop(), options) if len(letters) == 1 else WRONG

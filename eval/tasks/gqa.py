@@ -4,61 +4,34 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from eval.tasks.base import AnnotatedTask, Root, field, last_answers_by_id, one_of, printed, read_json
+from data.references import GQAAnswer, GQAFiles
+from eval.tasks.base import Task, last_answers_by_id, printed
 from eval.tasks.words import forgiving, is_phrase
 
-_ANNOTATIONS = {"test": "testdev_balanced_questions.json", "dev": "dev_balanced_questions.json"}
 
+class GQA(GQAFiles, Task):
+    """One word or phrase, in lower case and without a final full stop; only balanced questions count."""
 
-@dataclass(frozen=True)
-class Question:
-    """A question's answer, and what the released evaluator groups its figures by; without a `group`
-    a question takes no part in the distribution score."""
-
-    answer: str
-    balanced: bool
-    open: bool
-    group: str | None
-
-
-class GQA(AnnotatedTask):
-    """References: GQA's own question file, a dictionary by question id; only balanced questions count."""
-
-    def annotation_files(self, data_root: Root, split: str = "test") -> list[Path]:
-        return [self.annotation(data_root, _ANNOTATIONS[one_of(split, _ANNOTATIONS, "split")])]
-
-    def annotations(self, data_root: Root, split: str = "test") -> tuple[dict[str, Question], dict[str, str]]:
-        (path,) = self.annotation_files(data_root, split)
-        references, broken = {}, {}
-        for question_id, record in read_json(path, dict).items():
-            try:
-                references[question_id] = annotated_question(record, f"{path}, question {question_id}")
-            except ValueError as error:
-                broken[question_id] = str(error)
-        return references, broken
-
-    def counts(self, reference: Question) -> bool:
+    def counts(self, reference: GQAAnswer) -> bool:
         return reference.balanced
 
-    def official(self, text: str, reference: Question) -> float:
+    def official(self, text: str, reference: GQAAnswer) -> float:
         return float(gqa_form(text) == gqa_form(reference.answer))
 
-    def legacy(self, text: str, reference: Question) -> float:
+    def legacy(self, text: str, reference: GQAAnswer) -> float:
         """Only the prediction is put into GQA's form."""
         return float(gqa_form(text) == reference.answer)
 
-    def lenient(self, text: str, reference: Question) -> float:
+    def lenient(self, text: str, reference: GQAAnswer) -> float:
         return float(forgiving(text, reference.answer) or self.official(text, reference))
 
-    def has_form(self, text: str, reference: Question) -> bool:
+    def has_form(self, text: str, reference: GQAAnswer) -> bool:
         return is_phrase(text, max_words=3)
 
     def legacy_scores(
-        self, rows: Sequence[Mapping[str, Any]], references: Mapping[str, Question]
+        self, rows: Sequence[Mapping[str, Any]], references: Mapping[str, GQAAnswer]
     ) -> list[float | None]:
         return last_answers_by_id(self, rows, references)
 
@@ -66,7 +39,7 @@ class GQA(AnnotatedTask):
         self,
         rows: Sequence[Mapping[str, Any]],
         scores: Sequence[float | None],
-        references: Mapping[str, Question],
+        references: Mapping[str, GQAAnswer],
     ) -> dict[str, float]:
         """Accuracy, its two halves (open questions are those of structural type query), and the distance
         between the distributions of given and right answers; no samples are printed."""
@@ -85,24 +58,12 @@ class GQA(AnnotatedTask):
         return figures | {"Distribution": float(f"{distance:.2f}")}
 
 
-def annotated_question(record: Mapping[str, Any], where: str) -> Question:
-    """An entry of GQA's question file; ValueError, beginning with `where`, for a broken one."""
-    types = field(record, "types", dict, where)
-    groups = record.get("groups")
-    return Question(
-        answer=field(record, "answer", str, where),
-        balanced=field(record, "isBalanced", bool, where),
-        open=field(types, "structural", str, where) == "query",
-        group=groups.get("global") if isinstance(groups, Mapping) else None,
-    )
-
-
 def gqa_form(text: str) -> str:
     """GQA's prediction form: no final full stops, lower case."""
     return text.rstrip(".").lower()
 
 
-def answer_distance(answered: Sequence[tuple[str, Question]]) -> float:
+def answer_distance(answered: Sequence[tuple[str, GQAAnswer]]) -> float:
     """GQA's distribution score: chi-square between given and right answers within each question group,
     averaged over groups by their size, in hundredths; lower is better."""
     given, right = defaultdict(Counter), defaultdict(Counter)

@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import isfinite
+from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
-from eval.tasks.base import Task, field
+from data.references import NUMBER, Box, BoxFiles, Region, exact_box, finite_box
+from eval.tasks.base import Task
 
-Box = tuple[float, float, float, float]
-
-_NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"  # also 7.8125e-05, as JSON writes small numbers
-_BOX = re.compile(r"\s*,\s*".join([f"({_NUMBER})"] * 4))
-_LOOSE_BOX = re.compile(r"(?<![\w.])" + r"[\s,;]+".join([f"({_NUMBER})"] * 4))
-_LONE_NUMBER = re.compile(rf"(?<![\w.]){_NUMBER}")
+_LOOSE_BOX = re.compile(r"(?<![\w.])" + r"[\s,;]+".join([f"({NUMBER})"] * 4))
+_LONE_NUMBER = re.compile(rf"(?<![\w.]){NUMBER}")
 IOU_THRESHOLD = 0.5
 
 
-@dataclass(frozen=True)
-class Region:
-    """The reference box [x1, y1, x2, y2] as written, and the longer side of the picture in pixels."""
-
-    answer: str
-    side: float = 1.0
-
-
-class Grounding(Task):
+class Grounding(BoxFiles, Task):
     """Right if the intersection over union with the reference is greater than 0.5."""
-
-    def reference_of(self, record: Mapping[str, Any], where: str) -> Region:
-        answer = field(record, "answer_bbox", str, where)
-        if exact_box(answer) is None:
-            raise ValueError(f"{where}: answer_bbox '{answer}' is not [x1, y1, x2, y2]; correct the record")
-        size = field(record, "size", list, where) if "size" in record else [1]
-        if not size or not all(isinstance(side, int | float) for side in size):
-            raise ValueError(f"{where}: size {size} is not [width, height] in pixels; correct the record")
-        # The size multiplies both boxes and cancels but for rounding: it may be left out.
-        return Region(answer, max(size))
 
     def official(self, text: str, reference: Region) -> float:
         return overlaps(exact_box(text), exact_box(reference.answer))
@@ -65,15 +41,6 @@ class Grounding(Task):
         return "[" + ", ".join(f"{median(side):.4f}" for side in zip(*boxes, strict=True)) + "]"
 
 
-def exact_box(text: str) -> Box | None:
-    """Four comma-separated finite numbers and nothing else, in brackets or not; None otherwise."""
-    text = text.strip()
-    if text.startswith("[") and text.endswith("]"):
-        text = text[1:-1].strip()
-    found = _BOX.fullmatch(text)
-    return finite(found.groups()) if found else None
-
-
 def legacy_box(text: str) -> Box | None:
     """The released evaluator's reading: brackets removed, and then once more the first and last character,
     so that the last digit of y2 is lost."""
@@ -87,15 +54,9 @@ def legacy_box(text: str) -> Box | None:
 def loose_box(text: str) -> Box | None:
     """The first four numbers in a row anywhere in the text, or four lone numbers in it; None otherwise."""
     if found := _LOOSE_BOX.search(text):
-        return finite(found.groups())
+        return finite_box(found.groups())
     numbers = _LONE_NUMBER.findall(text)
-    return finite(numbers) if len(numbers) == 4 else None
-
-
-def finite(numbers: Sequence[str]) -> Box | None:
-    """The four numbers, unless one is too large for a float."""
-    box = tuple(map(float, numbers))
-    return box if all(map(isfinite, box)) else None
+    return finite_box(numbers) if len(numbers) == 4 else None
 
 
 def in_pixels(box: Box, reference: Region) -> Box:

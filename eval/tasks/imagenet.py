@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.tasks.base import Answer, OpenQuestionTask
+from data.references import Answer
+from eval.tasks.base import OpenQuestionTask
 
 
 class ImageNet(OpenQuestionTask):

@@ -10,8 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-ANNOTATORS = 10
-
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: str(digit) for digit, word in enumerate(_DIGITS)} | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
