@@ -2,15 +2,12 @@
 
     python -m data.check --root DIR [--benchmark coin|FILE] [--instructions original diverse 10type] [--json FILE]
 
-    [--base DIR] [--max-length N] [--grouping]
-
 Prints a line a file: records beside their known number (copies that differ in it exist: no problem by itself),
 pictures, problems by kind; then notes, the first problems of each file with their remedies, and where to get what is
-missing. With --base, the folder of a base model, records are also checked as its tokenizer and the maximum length see
-them, as train_continual.sh does with those of the recipe. Exits with 1 if there is a problem.
+missing. Exits with 1 if there is a problem. llava/check.py also checks what a base model makes of the records.
 
 Records are kept, ready to be used, and what is whole is noted, in data.cache.cache_folder(): neither is read again
-until a file changes. Pictures that have changed are looked at again by this command alone.
+until a file changes. Pictures that have changed are looked at again by these commands alone.
 """
 
 import argparse
@@ -19,17 +16,19 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
 
 from data.benchmark import COIN, INSTRUCTION_SETS, Benchmark, open_benchmark
 from data.cache import cache_folder, replace_whole
+from data.columns import Encoder, TrainingColumns
+from data.preprocess import Prepared, Source, open_records, silent_problems
 from data.records import SHOWN_PROBLEMS, DataError, Problem
 from data.references import files_of
-from llava.conversation import Vocabulary
-from llava.dataset import cut_problems
-from llava.prepare import Prepared, Source, digest_of, open_records, silent_problems
 
 VERSION = 2  # of what is checked: notes of another one do not count
 MANY_INSTRUCTIONS = 1_000  # different ones of a file: more are likely no instructions
@@ -122,23 +121,18 @@ class Report:
         }
 
 
-@dataclass(frozen=True)
-class Reader:
-    """What a run makes of the records: its `vocabulary`, the tokens of a picture, the maximum length by task, and
-    whether it groups tasks by their instructions."""
+class Reader(Protocol):
+    """What a run makes of the records, beyond what the data alone say; llava/check.py has the one of a base model.
 
-    vocabulary: Vocabulary
-    image_tokens: int
-    max_length: Mapping[str, int]
-    grouping: bool = False
+    encoder: tokenises them. grouping: whether every prompt needs an instruction. digest: what tells readers apart.
+    """
 
+    encoder: Encoder
+    grouping: bool
+    digest: str
 
-def reader_of(base: Path | str, max_length: Mapping[str, int], grouping: bool) -> Reader:
-    """The reader that a base model's folder gives. Raises FileNotFoundError or ValueError where it is none."""
-    from llava.model import image_tokens, open_processor  # brings in torch and transformers
-
-    config, processor = open_processor(base)
-    return Reader(Vocabulary.of(processor.tokenizer), image_tokens(config), max_length, grouping)
+    def problems(self, task: str, columns: TrainingColumns, rows: np.ndarray) -> list[Problem]:
+        """Return what makes training records of these rows unusable."""
 
 
 def check(benchmark: Benchmark, instructions: str, tasks: Sequence[str] = (), reader: Reader | None = None) -> Report:
@@ -157,7 +151,7 @@ def check(benchmark: Benchmark, instructions: str, tasks: Sequence[str] = (), re
         for split, path in (("train", folder / spec.train), ("test", folder / spec.test)):
             files.append(FileReport(spec.name, split, path, known=spec.records.get(split)))
             sources[Source(path, split, spec.instruction)] = files[-1]
-    prepared = open_records(list(sources), benchmark.image_root, reader and reader.vocabulary, thorough=True)
+    prepared = open_records(list(sources), benchmark.image_root, reader and reader.encoder, thorough=True)
     for source, report in sources.items():
         _report(benchmark, report, prepared[source], reader)
         if report.split == "test" and isinstance(prepared[source], Prepared):
@@ -174,7 +168,7 @@ def _report(benchmark: Benchmark, report: FileReport, found: Prepared | DataErro
     report.records, report.pictures = columns.told["records"], len(columns.names) - len(found.faults)
     report.problems = list(found.problems)
     if reader is not None and report.split == "train":
-        report.problems += cut_problems(columns, rows, reader.image_tokens, reader.max_length[report.task])
+        report.problems += reader.problems(report.task, columns, rows)
     silent = silent_problems(found, rows)
     if silent and reader is not None and reader.grouping:
         report.problems += silent
@@ -212,8 +206,7 @@ def check_benchmark(
 def _note_file(benchmark: Benchmark, instructions: str, reader: Reader | None) -> Path:
     parts = [str(VERSION), str(benchmark.root.resolve()), str(benchmark.file.resolve()), instructions]
     if reader is not None:
-        told = sorted(reader.max_length.items())
-        parts += [digest_of(reader.vocabulary), repr((reader.image_tokens, told, reader.grouping))]
+        parts.append(reader.digest)
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     return cache_folder() / "checked" / f"{name}.json"
 
@@ -253,29 +246,27 @@ def _noted(path: Path) -> list[FileReport]:
     return files if holds else []
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; exits with 1 if there is a problem."""
-    parser = argparse.ArgumentParser(prog="python -m data.check", description=__doc__.splitlines()[0])
+def command(prog: str) -> argparse.ArgumentParser:
+    """The command line of a check, which `execute` follows."""
+    parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, required=True, help="folder of the benchmark")
     parser.add_argument("--benchmark", help="coin, or a YAML file; default: benchmark.yaml in the root, else coin")
     parser.add_argument("--instructions", nargs="+", choices=INSTRUCTION_SETS, default=["original"])
     parser.add_argument("--tasks", nargs="+", default=[])
-    parser.add_argument("--base", type=Path, help="folder of a base model, to check what it makes of the records")
-    parser.add_argument("--max-length", type=int, help="tokens of a record, with --base (default: 2048)")
-    parser.add_argument("--grouping", action="store_true", help="every prompt needs an instruction, with --base")
     parser.add_argument("--json", type=Path, help="write the reports there, too")
-    options = parser.parse_args(arguments)
-    if options.base is None and (options.max_length is not None or options.grouping):
-        parser.error("--max-length and --grouping need --base: they are about what a base model makes of the records")
+    return parser
+
+
+def execute(options: argparse.Namespace, reader_of: Callable[[list[str]], Reader | None]) -> None:
+    """Check what `options` name, with the reader of these tasks; exits with 1 if there is a problem."""
     try:
         file = COIN if options.benchmark == "coin" else options.benchmark and Path(options.benchmark)
         benchmark = open_benchmark(options.root, file)
-        tasks = options.tasks or list(benchmark.tasks)
-        lengths = dict.fromkeys((benchmark.task(name).name for name in tasks), options.max_length or 2048)
-        reader = options.base and reader_of(options.base, lengths, options.grouping)
+        tasks = [benchmark.task(name).name for name in options.tasks or benchmark.tasks]
+        reader = reader_of(tasks)
         reports = [check(benchmark, which, tasks, reader) for which in options.instructions]
     except (ValueError, OSError) as error:
-        sys.exit(f"data.check: {error}")
+        sys.exit(f"check: {error}")
     for report in reports:
         print(report.text())
         if benchmark.file == open_benchmark(options.root).file:
@@ -283,6 +274,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         options.json.write_text(json.dumps([report.as_json() for report in reports], indent=1) + "\n", encoding="utf-8")
     sys.exit(0 if all(report.ok for report in reports) else 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    execute(command("data.check").parse_args(arguments), lambda tasks: None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The questions of a run's test sets: read and tokenised once for all runs of a table (llava/prepare.py)."""
+"""The questions of a run's test sets: read and tokenised once for all runs of a table (data/preprocess.py)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from data.benchmark import open_benchmark
+from data.preprocess import Prepared, Source, open_records
 from data.records import DataError
 from eval.tasks import task_of
 from llaca.config import Recipe
 from llaca.stream import ordered
 from llava.conversation import Vocabulary, repeated
 from llava.model import image_tokens, open_processor
-from llava.prepare import Prepared, Source, open_records
 
 
 @dataclass(frozen=True, eq=False)

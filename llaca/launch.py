@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.check import check_benchmark, reader_of
+from data.check import check_benchmark
 from data.mini.build import build, is_built
 from llaca import machine
 from llaca.config import DEFAULT_RECIPE, Recipe, load_recipe, read_yaml
@@ -21,6 +21,7 @@ from llaca.hostfile import USUAL, runner_options
 from llaca.methods import METHODS, method_of
 from llaca.processes import run_all
 from llaca.stream import leave_at_once
+from llava.check import reader_of
 
 DEFAULT_METHODS = ("lora", "llaca")
 MINI = Path("data/coin_mini")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.benchmark import image_root, open_benchmark, train_file
+from data.preprocess import Prepared, Source, faults_of, open_records
 from data.records import DataError
 from llaca import hosts, ranks
 from llaca.config import Recipe
@@ -14,7 +15,6 @@ from llaca.stream import Stage, ordered
 from llava.conversation import Vocabulary
 from llava.dataset import InstructionDataset
 from llava.model import image_tokens, open_processor
-from llava.prepare import Prepared, Source, faults_of, open_records
 
 if TYPE_CHECKING:
     from llaca.train import Student

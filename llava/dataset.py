@@ -10,11 +10,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from data.columns import TrainingColumns, training_columns
 from data.pictures import load_image
 from data.records import DataError, Problem, Sample
 from llava.conversation import IGNORE, IMAGE, Vocabulary, cut_fault
 from llava.image import to_pixels
-from llava.tokens import TrainingColumns, training_columns
 
 
 class InstructionDataset(Dataset):

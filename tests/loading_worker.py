@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data.columns import training_columns
+from data.preprocess import Prepared, Source
 from data.records import load_samples
 from llaca import ranks
 from llaca.config import load_recipe
 from llaca.methods import method_of
 from llaca.records import TaskRecords
 from llaca.train import load_student
-from llava.prepare import Prepared, Source
-from llava.tokens import training_columns
 
 LINE = ["--method", "llaca", "--dtype", "bfloat16", "--lora_rank", "16", "--reuse-vision-features", "false"]
 

@@ -11,11 +11,12 @@ import yaml
 from PIL import Image
 
 from data.benchmark import open_benchmark
-from data.check import check, check_benchmark, reader_of
+from data.check import check, check_benchmark
 from data.pictures import load_image
 from data.records import DataError
 from llaca.config import load_recipe
 from llaca.train import run
+from llava.check import reader_of
 
 QUESTION = "<image>\nWhat colour is it?\nAnswer with a word."
 

@@ -12,8 +12,9 @@ import yaml
 from PIL import Image
 
 from data.benchmark import COIN, open_benchmark
-from data.check import check, check_benchmark, main, reader_of
+from data.check import check, check_benchmark, main
 from data.mini import build
+from data.preprocess import Source, open_records
 from data.records import DataError
 from eval.report import main as report
 from eval.score import score_task
@@ -21,7 +22,8 @@ from llaca.config import load_recipe
 from llaca.launch import prepare_data
 from llaca.stream import ordered
 from llaca.train import run
-from llava.prepare import Source, open_records
+from llava.check import main as check_with_base
+from llava.check import reader_of
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "BENCHMARKS.md"
@@ -183,11 +185,14 @@ def test_a_task_by_the_name_of_its_folder_is_that_task(mini, tiny_base, capsys):
     assert "no folder" in check(open_benchmark(mini), "original", ["OCRVQA"]).text().lower()
 
 
-def test_options_about_a_base_need_one(mini):
-    for options in (["--grouping"], ["--max-length", "512"]):
-        with pytest.raises(SystemExit) as done:
-            main(["--root", str(mini), *options])
-        assert done.value.code == 2
+def test_the_check_with_a_base_has_its_own_command(mini, tiny_base, capsys):
+    line = ["--root", str(mini), "--tasks", "OCRVQA", "--max-length", "40"]
+    with pytest.raises(SystemExit) as done:
+        main(line)
+    assert done.value.code == 2, "a length says nothing without a base"
+    with pytest.raises(SystemExit) as done:
+        check_with_base([*line, "--base", str(tiny_base)])
+    assert done.value.code == 1 and "8 too long" in capsys.readouterr().out
 
 
 def test_a_data_root_that_cannot_be_written_to_is_read_once_too(mini):

@@ -15,14 +15,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from data import cache
+from data import preprocess as prepare_module
 from data.cache import make_once, replace_whole
+from data.columns import Texts
+from data.preprocess import Source, columns_file, open_records, prepare
 from data.records import DataError, load_samples
-from llava import prepare as prepare_module
 from llava.conversation import Vocabulary, encode, encode_prompt, repeated
 from llava.dataset import InstructionDataset
 from llava.features import cache_features, stored_features
-from llava.prepare import Source, columns_file, open_records, prepare
-from llava.tokens import Texts
 
 LINES = ["Answer with a word.", "Name it", "Give the box: ear"]
 

@@ -1,8 +1,8 @@
 """Records as columns: validated and tokenised once, in a file that every process maps into memory and none copies.
 
-A file of records and a vocabulary make one column file, named by the checksum of both. It holds no absolute path, no
+A file of records and an encoder make one column file, named by the checksum of both. It holds no absolute path, no
 maximum length and no number of image tokens, so that recipes, runs and processes share it. Pictures are only named in
-it: whether they are there is looked at where they are (llava/prepare.py).
+it: whether they are there is looked at where they are (data/preprocess.py).
 """
 
 import json
@@ -10,17 +10,40 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from data.records import Problem, Question, Sample, instruction_of
-from llava.conversation import Tokenised, Vocabulary, render_prompt
 
 BATCH = 2_000  # records that are tokenised at once
 VERSION = 1  # of the files' content: those of another are made anew
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A conversation's tokens, one placeholder for its picture. `answers`: [begin, end) of each answer's tokens."""
+
+    ids: list[int]
+    answers: list[tuple[int, int]]
+
+
+class Encoder(Protocol):
+    """What a model makes of texts. It can be pickled: processes of their own encode large files.
+
+    image: the id of a picture's placeholder. digest: what tells encoders apart.
+    """
+
+    image: int
+    digest: str
+
+    def conversations(self, turns: Sequence[Sequence[tuple[str, str]]]) -> list[Tokenised | ValueError]:
+        """Return the tokens of conversations; a ValueError in the place of one that cannot be expressed."""
+
+    def questions(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids that ask for an answer to each text."""
 
 
 class Texts(Sequence[str]):
@@ -51,7 +74,7 @@ class Columns:
     ids: int32 [tokens], one placeholder for a picture; ends: int64 [n], where a record's tokens end. record: int32 [n],
     its number in the file. picture: int32 [n], its picture's place in `names`, -1 without. instruction: int32 [n], the
     place of its instruction in `instructions`, -1 where its prompt has none. ids and ends are empty where there was no
-    vocabulary. told: `records` in the file, and `problems` [number, kind, text] of those that are not here.
+    encoder. told: `records` in the file, and `problems` [number, kind, text] of those that are not here.
     """
 
     ids: np.ndarray
@@ -93,7 +116,7 @@ class Columns:
 class TrainingColumns(Columns):
     """supervised: bool [tokens]. answer: int32 [n], the position of the record's first supervised token, placed: that
     of its placeholder, -1 without. words: int32 [n], whitespace-separated words, negative without a picture (what
-    llava.sampler groups by). own_ids: the records' own ids."""
+    batches are grouped by). own_ids: the records' own ids."""
 
     supervised: np.ndarray
     answer: np.ndarray
@@ -125,8 +148,8 @@ class QuestionColumns(Columns):
 class _Builder:
     """Collects the columns that training and test files share."""
 
-    def __init__(self, place: str, vocabulary: Vocabulary | None):
-        self.place, self.vocabulary = place, vocabulary
+    def __init__(self, place: str, encoder: Encoder | None):
+        self.place, self.encoder = place, encoder
         self.ids: list[np.ndarray] = []
         self.lengths: list[int] = []
         self.record: list[int] = []
@@ -150,7 +173,7 @@ class _Builder:
     def common(self, records: int, problems: list[Problem]) -> dict[str, Any]:
         return {
             "ids": np.concatenate(self.ids) if self.ids else np.zeros(0, np.int32),
-            "ends": np.cumsum(self.lengths, dtype=np.int64) if self.vocabulary else np.zeros(0, np.int64),
+            "ends": np.cumsum(self.lengths, dtype=np.int64) if self.encoder else np.zeros(0, np.int64),
             "record": np.array(self.record, np.int32),
             "picture": np.array(self.picture, np.int32),
             "names": Texts.of(self.names),
@@ -163,17 +186,17 @@ class _Builder:
 def training_columns(
     samples: Iterable[Sample],
     place: str,
-    vocabulary: Vocabulary | None,
+    encoder: Encoder | None,
     problems: list[Problem] | None = None,
     records: int | None = None,
 ) -> TrainingColumns:
-    """The columns of training records. A sample that `vocabulary` cannot express goes into `problems`, which `samples`
+    """The columns of training records. A sample that `encoder` cannot express goes into `problems`, which `samples`
     may fill as it is read; `records`: how many the file has. `place`: as in instruction_of."""
     problems = [] if problems is None else problems
-    builder, supervised = _Builder(place, vocabulary), []
+    builder, supervised = _Builder(place, encoder), []
     answer, placed, words, own_ids = [], [], [], []
     for batch in _batches(samples):
-        for sample, tokens in zip(batch, _tokenised(batch, vocabulary), strict=True):
+        for sample, tokens in zip(batch, _tokenised(batch, encoder), strict=True):
             if isinstance(tokens, ValueError):
                 problems.append(Problem(sample.record, "tokens", f"{sample.name}: {tokens}"))
                 continue
@@ -184,7 +207,7 @@ def training_columns(
                 mask[begin:end] = True
             supervised.append(mask)
             answer.append(tokens.answers[0][0] if tokens.answers else 0)
-            placed.append(tokens.ids.index(vocabulary.image) if tokens.ids and sample.image else -1)
+            placed.append(tokens.ids.index(encoder.image) if tokens.ids and sample.image else -1)
             words.append(sample.words if sample.image else -sample.words)
             own_ids.append(sample.id)
     return TrainingColumns(
@@ -197,25 +220,24 @@ def training_columns(
     )
 
 
-def _tokenised(batch: list[Sample], vocabulary: Vocabulary | None) -> list[Tokenised | ValueError]:
-    if vocabulary is None:
+def _tokenised(batch: list[Sample], encoder: Encoder | None) -> list[Tokenised | ValueError]:
+    if encoder is None:
         return [Tokenised([], [])] * len(batch)
-    return vocabulary.conversations([sample.turns for sample in batch])
+    return encoder.conversations([sample.turns for sample in batch])
 
 
 def question_columns(
     questions: Iterable[Question],
     place: str,
-    vocabulary: Vocabulary | None,
+    encoder: Encoder | None,
     problems: list[Problem] | None = None,
     records: int | None = None,
 ) -> QuestionColumns:
     """The columns of test records; as `training_columns`."""
     problems = [] if problems is None else problems
-    builder, question_ids, asked = _Builder(place, vocabulary), [], []
+    builder, question_ids, asked = _Builder(place, encoder), [], []
     for batch in _batches(questions):
-        prompts = [render_prompt(question.text) for question in batch]
-        tokens = [own.ids for own in vocabulary.tokenise(prompts)] if vocabulary else [[]] * len(batch)
+        tokens = encoder.questions([question.text for question in batch]) if encoder else [[]] * len(batch)
         for question, ids in zip(batch, tokens, strict=True):
             image = None if question.image is None else str(question.image)
             builder.add(question.index, question.text, image, ids)

@@ -1,19 +1,21 @@
 """Files of records, ready to be used: validated and tokenised once into column files, their pictures looked at once.
 
-    <cache>/records/<checksum>.safetensors      the columns of one file for one vocabulary (llava/tokens.py)
+    <cache>/records/<checksum>.safetensors      the columns of one file for one encoder (data/columns.py)
     <cache>/pictures/<image root>.json          the pictures that were looked at, with size and time of change
                                   .sets.json    the sets of them that files name, whole when they were looked at
 
 The cache is data.cache.cache_folder(). What is there is not made again; files of some size are made by processes of
-their own, one a core, whose memory goes when they are done. `python -m llava.prepare` is such a process.
+their own, one a core, whose memory goes when they are done. `python -m data.preprocess` is such a process.
 """
 
 import gc
 import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
+from base64 import b64decode, b64encode
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,15 +27,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from joblib import cpu_count
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
 
 from data.cache import cache_folder, make_once, replace_whole
 from data.checksums import checksum
-from data.records import DataError, Fault, Problem, picture_fault, questions_of, read_list, samples_of
-from llava.conversation import Vocabulary
-from llava.tokens import (
+from data.columns import (
     VERSION,
     Columns,
+    Encoder,
     QuestionColumns,
     TrainingColumns,
     load,
@@ -42,6 +42,7 @@ from llava.tokens import (
     save,
     training_columns,
 )
+from data.records import DataError, Fault, Problem, picture_fault, questions_of, read_list, samples_of
 
 KINDS: dict[str, type[Columns]] = {"train": TrainingColumns, "test": QuestionColumns}
 ALONE = 16 << 20  # bytes of files that this process makes by itself
@@ -114,38 +115,30 @@ def silent_problems(prepared: Prepared, rows: np.ndarray) -> list[Problem]:
     ]
 
 
-def columns_file(source: Source, vocabulary: Vocabulary | None) -> Path:
+def columns_file(source: Source, encoder: Encoder | None) -> Path:
     """Where the columns of a file are."""
-    parts = [str(VERSION), source.kind, source.place, checksum(source.path), digest_of(vocabulary)]
+    parts = [str(VERSION), source.kind, source.place, checksum(source.path), encoder.digest if encoder else ""]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     return cache_folder() / "records" / f"{name}.safetensors"
 
 
-def digest_of(vocabulary: Vocabulary | None) -> str:
-    """What tells vocabularies apart."""
-    if vocabulary is None:
-        return ""
-    content = f"{vocabulary.bos} {vocabulary.image} {vocabulary.backend.to_str()}"
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def make(source: Source, vocabulary: Vocabulary | None) -> Columns:
+def make(source: Source, encoder: Encoder | None) -> Columns:
     """Read, validate and tokenise a file. Raises DataError for a file that is no list of records."""
     problems: list[Problem] = []
     records = read_list(source.path)
     if source.kind == "train":
-        return training_columns(samples_of(records, problems), source.place, vocabulary, problems, len(records))
-    return question_columns(questions_of(records, problems), source.place, vocabulary, problems, len(records))
+        return training_columns(samples_of(records, problems), source.place, encoder, problems, len(records))
+    return question_columns(questions_of(records, problems), source.place, encoder, problems, len(records))
 
 
-def prepare(sources: Sequence[Source], vocabulary: Vocabulary | None) -> dict[Source, Columns | DataError]:
+def prepare(sources: Sequence[Source], encoder: Encoder | None) -> dict[Source, Columns | DataError]:
     """Return the columns of each file, made where they are not there yet; a DataError in place of a file that is no
     list of records. Raises OSError where the cache cannot be written to."""
     found: dict[Source, Columns | DataError] = {}
     files: dict[Source, Path] = {}  # sources of the same content have one file
     for source in sources:
         try:
-            files[source] = columns_file(source, vocabulary)
+            files[source] = columns_file(source, encoder)
         except OSError as error:
             found[source] = DataError(source.path, [f"cannot be read ({error.strerror}); check the path in the recipe"])
     waiting = {file: source for source, file in files.items() if not _is_whole(KINDS[source.kind], file)}
@@ -153,7 +146,7 @@ def prepare(sources: Sequence[Source], vocabulary: Vocabulary | None) -> dict[So
     if waiting:
         sizes = {file: source.path.stat().st_size for file, source in waiting.items()}
         waiting = {file: waiting[file] for file in sorted(waiting, key=sizes.__getitem__, reverse=True)}
-        jobs = [(source, vocabulary, file) for file, source in waiting.items()]
+        jobs = [(source, encoder, file) for file, source in waiting.items()]
         if sum(sizes.values()) <= ALONE:
             faults = [_make_here(*job) for job in jobs]
         else:
@@ -175,24 +168,23 @@ def _is_whole(kind: type[Columns], file: Path) -> bool:
     return True
 
 
-def _make_here(source: Source, vocabulary: Vocabulary | None, file: Path) -> list[str]:
+def _make_here(source: Source, encoder: Encoder | None, file: Path) -> list[str]:
     try:
-        make_once([file], lambda _, new: save(make(source, vocabulary), new), partial(_is_whole, KINDS[source.kind]))
+        make_once([file], lambda _, new: save(make(source, encoder), new), partial(_is_whole, KINDS[source.kind]))
     except DataError as error:
         return error.problems
     return []
 
 
-def _make_elsewhere(source: Source, vocabulary: Vocabulary | None, file: Path) -> list[str]:
+def _make_elsewhere(source: Source, encoder: Encoder | None, file: Path) -> list[str]:
     job = {"path": str(source.path), "kind": source.kind, "place": source.place, "file": str(file)}
-    if vocabulary is not None:
-        job |= {"tokenizer": vocabulary.backend.to_str(), "bos": vocabulary.bos, "image": vocabulary.image}
+    job["encoder"] = b64encode(pickle.dumps(encoder)).decode()
     return _worker(job, str(source.path))
 
 
 def _worker(job: dict, what: str) -> list:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"}
-    line = [sys.executable, "-m", "llava.prepare"]
+    line = [sys.executable, "-m", "data.preprocess"]
     done = subprocess.run(line, input=json.dumps(job), capture_output=True, text=True, env=environment)
     if done.returncode:
         raise OSError(f"{what} could not be prepared (status {done.returncode}): {done.stderr.strip()[-2000:]}")
@@ -206,10 +198,8 @@ def main() -> None:
     if "pictures" in job:
         print(json.dumps(_look_at(Path(job["root"]), job["pictures"])))
         return
-    vocabulary = None
-    if "tokenizer" in job:
-        vocabulary = Vocabulary(Tokenizer.from_str(job["tokenizer"]), job["bos"], job["image"])
-    print(json.dumps(_make_here(Source(Path(job["path"]), job["kind"], job["place"]), vocabulary, Path(job["file"]))))
+    encoder = pickle.loads(b64decode(job["encoder"]))
+    print(json.dumps(_make_here(Source(Path(job["path"]), job["kind"], job["place"]), encoder, Path(job["file"]))))
 
 
 # --- pictures ---
@@ -351,12 +341,12 @@ Faults = Mapping[str, tuple[str, str]]  # picture -> (what is wrong, kind)
 def open_records(
     sources: Sequence[Source],
     image_root: Path,
-    vocabulary: Vocabulary | None,
+    encoder: Encoder | None,
     thorough: bool = False,
     faults: Faults | None = None,
 ) -> dict[Source, Prepared | DataError]:
     """`prepare`, and `look` at the pictures of all that could be read, unless their `faults` are known."""
-    columns = prepare(sources, vocabulary)
+    columns = prepare(sources, encoder)
     if faults is None:
         faults = look([one for one in columns.values() if isinstance(one, Columns)], image_root, thorough)
     found: dict[Source, Prepared | DataError] = {}
