@@ -4,4 +4,5 @@ source "$(dirname "$0")/scripts/env.sh"
 echo "Style, then about 1,750 tests on the CPU: 30 to 40 minutes on two cores, far fewer with -m 'not slow'; the first time DeepSpeed compiles for one more."
 ruff check .
 ruff format --check .
+lint-imports --no-logo --no-cache
 exec python -m pytest -n "${PYTEST_WORKERS:-2}" "$@"

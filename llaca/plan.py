@@ -275,7 +275,7 @@ def show(recipe: Recipe, gpus: int, memory: float, tokens: int) -> dict:
     fit = max(0, int((memory * GB - models) // question))
     print(
         f"\nAnswers: {models / GB:.1f} GB of models, {question / GB:.2f} GB a question of {tokens} tokens: at most "
-        f"{fit} at once (eval_all.sh and reproduce_*.sh choose by the memory that is free, or take --batch-size and "
+        f"{fit} at once (eval_all.sh and reproduce.sh choose by the memory that is free, or take --batch-size and "
         "--eval-batch-size)"
     )
     return {"counts": size, "stages": tasks, "answers": {"models": models, "question": question},

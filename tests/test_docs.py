@@ -11,11 +11,11 @@ import yaml
 from safetensors.torch import load_file
 from test_llaca_train import arguments, mini  # noqa: F401
 
-from eval.reproduce import command_lines, main, paper_rows, studies
 from llaca import config
 from llaca.config import load_recipe
 from llaca.methods import METHODS
 from llaca.train import run
+from studies.reproduce import command_lines, main, paper_rows, studies
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,8 +68,17 @@ def test_every_row_of_every_study_can_be_run_and_has_its_printed_numbers(name):
     assert len(found) == len(wanted)
     assert all(row.mean["Avg.ACC"] is not None for row in found.values())
     assert all(set(pair) <= set(study["rows"]) for pair in study.get("differences", {}).values())
-    scripts = [path.read_text() for path in (ROOT / "scripts").glob("*.sh")]
-    assert sum(f"eval.reproduce {name} " in script for script in scripts) == 1
+
+
+def test_what_is_given_stands_above_a_studys_own_options(monkeypatch):
+    seen = []
+    monkeypatch.setattr("studies.reproduce.reproduce", lambda name, options, more: seen.append((name, options, more)))
+    main(["strengths", "--split", "test", "--epochs", "1"])
+    main(["policies"])
+    (_, first, more), (name, second, none) = seen
+    assert (first.mini, first.split, str(first.out)) == (True, "test", "docs/results/strengths")
+    assert more == ["--epochs", "1"] and none == []
+    assert (name, second.mini, second.seeds, second.split) == ("policies", True, [0, 1, 2], "test")
 
 
 def test_printed_numbers_of_table_7_stand_on_one_line():
@@ -85,7 +94,7 @@ def test_table_3_says_that_it_is_of_another_model(capsys):
 
 def test_a_study_trains_evaluates_and_sets_the_papers_numbers_beside_ours(arguments, tmp_path, monkeypatch, capsys):  # noqa: F811
     recipe = yaml.safe_load(Path(arguments[1]).read_text())
-    monkeypatch.setattr("eval.reproduce.MINI", Path(arguments[1]))
+    monkeypatch.setattr("studies.reproduce.MINI", Path(arguments[1]))
     main(["table6", "--mini", "--rows", "LoRA", "LLaCA", "--seeds", "0", "1", "--runs-dir", str(tmp_path / "runs"),
           "--out", str(tmp_path / "out"), "--max-train-samples", "8"])  # fmt: skip
     printed = capsys.readouterr().out
@@ -99,8 +108,8 @@ def test_a_study_trains_evaluates_and_sets_the_papers_numbers_beside_ours(argume
     last = cells[cells["stage"] == cells["stage"].max()].groupby("run")["accuracy"].mean()
     assert len(cells) == 4 * (1 + 2 + 3) and last[runs["run"]].to_numpy() == pytest.approx(runs["Avg.ACC"], rel=1e-3)
     launched, sizes = [], []
-    monkeypatch.setattr("eval.reproduce.run_all", lambda lines, side_by_side: launched.extend(lines))
-    monkeypatch.setattr("eval.reproduce.answer", lambda runs, options: sizes.append(options.batch_size))
+    monkeypatch.setattr("studies.reproduce.run_all", lambda lines, side_by_side: launched.extend(lines))
+    monkeypatch.setattr("studies.reproduce.answer", lambda runs, options: sizes.append(options.batch_size))
     again = ["table6", "--mini", "--rows", "LoRA", "--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     main([*again, "--seeds", "0", "1", "--max-train-samples", "8", "--eval-batch-size", "3"])
     assert not launched and "2 runs, of which 2 are done" in capsys.readouterr().out and sizes == [3]

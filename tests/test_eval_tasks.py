@@ -321,8 +321,8 @@ def test_dev_references_lie_beside_the_test_ones(tmp_path):
 @pytest.mark.parametrize(
     ("task", "record", "message"),
     [
-        ("VizWiz", {"text": "q", "answer": "x"}, r"val\.json, record 1: 'question_id'"),
-        ("VizWiz", {"question_id": "0", "text": "q", "answer": "x"}, r"record 1: question_id 0 occurs twice"),
+        ("VizWiz", {"text": "q", "answer": "x"}, r"val\.json, record 1: has no question_id"),
+        ("VizWiz", {"question_id": "0", "text": "q", "answer": "x"}, r"record 0 has this id too"),
         ("VizWiz", {"question_id": "1", "text": "q"}, r"question_id 1: 'answer'"),
         ("VizWiz", {"question_id": "1", "text": "q", "answer": "", "answers": ["x"]}, r"id 1: 'answers'"),
         ("Grounding", {"question_id": "1", "text": "q", "answer_bbox": "[1, 2]"}, r"id 1: answer_bbox"),

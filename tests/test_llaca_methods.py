@@ -13,7 +13,6 @@ from test_llaca_train import TASKS, adapters, arguments, mini  # noqa: F401
 
 from data.records import load_samples
 from eval.predict import open_run
-from eval.reproduce import main as reproduce
 from llaca.config import load_recipe
 from llaca.engine import Layout, Piece
 from llaca.fisher import diagonal_fisher
@@ -25,6 +24,7 @@ from llaca.train import handed_on, run
 from llava.dataset import InstructionDataset
 from llava.model import attach_lora, trainable_parameters
 from llava.trainer import answer_loss, supervised_logits
+from studies.reproduce import main as reproduce
 
 
 def method_of(name: str, *line: str):

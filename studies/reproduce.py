@@ -1,8 +1,8 @@
 """A table of the paper by one command: trains what is missing, evaluates it, puts the paper's numbers beside ours.
 
-    python -m eval.reproduce table1 [--mini] [--seeds 0 1 2] [--out DIR] [--rows LLaCA LoRA]
+    python -m studies.reproduce table1 [--mini] [--seeds 0 1 2] [--out DIR] [--rows LLaCA LoRA]
 
-scripts/reproduce_*.sh call it. The runs of each table stand in eval/studies.yaml. A run has the name that
+scripts/reproduce.sh calls it. The runs of each table stand in studies/studies.yaml. A run has the name that
 train_continual.sh gives it, so tables share runs, and what is done is not repeated. --mini: the recipe of CoIN-mini, as
 many runs at a time as there are cores.
 Writes table.{txt,md,csv,tex}, seeds taken together, runs.csv, matrices.csv, costs.md, differences.md and figures into
@@ -33,12 +33,12 @@ from llaca.launch import choose_launcher, prepare_data, run_all
 from llaca.methods import METHODS, method_of
 from llaca.stream import check_run, is_begun, run_folder, stages_of
 
-PAPER = Path(__file__).parent / "paper"
+PAPER = Path(__file__).parents[1] / "eval" / "paper"
 MINI = CONFIGS / "coin_mini.yaml"
 
 
 def studies() -> dict[str, dict[str, Any]]:
-    """eval/studies.yaml."""
+    """studies/studies.yaml."""
     return yaml.safe_load(Path(__file__).with_name("studies.yaml").read_text(encoding="utf-8"))
 
 
@@ -153,8 +153,15 @@ def table(study: dict[str, Any], runs: dict[str, list[Run]], options: argparse.N
 
 def main(given: list[str] | None = None) -> None:
     """Command line; what it does not know goes to every run, as --epochs 1."""
-    parser = argparse.ArgumentParser(prog="reproduce", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("study", choices=studies())
+    known = studies()
+    parser = argparse.ArgumentParser(
+        prog="reproduce",
+        description=__doc__.splitlines()[0],
+        epilog="\n".join(["studies:", *(f"  {name:16s}{study['title']}" for name, study in known.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("study", choices=known)
     parser.add_argument("--mini", action="store_true", help="CoIN-mini and the small base, on a CPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", default=[], help="only these rows")
@@ -166,7 +173,10 @@ def main(given: list[str] | None = None) -> None:
     batch = "questions answered at once by one process; default: what the GPU's free memory holds, without a GPU 64"
     parser.add_argument("--eval-batch-size", dest="batch_size", type=int, help=batch)
     parser.set_defaults(cells="triangle")
-    options, more = parser.parse_known_args(given)
+    rest = sys.argv[1:] if given is None else list(given)
+    name = parser.parse_known_args(rest)[0].study
+    rest.remove(name)
+    options, more = parser.parse_known_args([name, *shlex.split(known[name].get("options", "")), *rest])
     usual = options.study if options.scoring == "official" else f"{options.study}-{options.scoring}"
     options.out = options.out or options.runs_dir / "tables" / usual
     try:
