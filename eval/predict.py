@@ -159,7 +159,7 @@ class Answerer:
         if holder == BASE:
             return self.base
         config = run.recipe.model
-        method = METHODS[run.recipe.method.method](run.recipe.method)
+        method = METHODS[run.recipe.method.method](run.recipe.settings)
         model = method.attach(copy.deepcopy(self.base), replace(config, lora_dropout=0.0))
         load_adapter(model, run.folder / "stages" / holder / "adapter")
         return model.merge_and_unload() if method.mergeable and config.quantization == "none" else model

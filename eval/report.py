@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -111,11 +111,13 @@ def score_run(run: Run) -> dict:
 
 def method_label(run: Run) -> str:
     """What a table calls the run's method: its name, the rule of its average, grouping, and what else was chosen."""
-    method = run.recipe.method
-    hidden = {"method", "grouping", "average"}
-    told = [f for f in fields(method) if f.name not in hidden and getattr(method, f.name) != f.default]
-    chosen = [f"{f.name} {getattr(method, f.name)}" for f in told]
-    rule = ", ".join([*([method.average] if method.average else []), *chosen])
+    method, own = run.recipe.method, asdict(run.recipe.settings)
+    own.pop("beta_trace", None)  # changes no result
+    rules = [own.pop("average")] if "average" in own else []
+    chosen = {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
+    chosen = {key: value for key, value in (chosen | own).items() if value is not None}
+    shown = [f"{key} {value}" for key, value in chosen.items() if key not in ("method", "grouping")]
+    rule = ", ".join(rules + shown)
     return method.method + (f" ({rule})" if rule else "") + (" + grouping" if method.grouping else "")
 
 

@@ -1,35 +1,21 @@
-"""The recipe: five dataclasses, filled from a YAML file, then from the method's own file, then from the command line.
+"""The recipe: five dataclasses and the settings of its method, filled from a YAML file, then from the command line.
 
-`--help` lists every field with its meaning and default; YAML files hold overrides only.
+`python -m llaca.train --help` lists every field with its meaning and default, `--help-method NAME` a method's settings;
+YAML files hold overrides only.
 """
 
-from argparse import ArgumentParser
-from dataclasses import asdict, dataclass, field, fields
-from math import inf
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import HfArgumentParser
-
 from data.benchmark import open_benchmark
-from llaca.fields import mapping, read_text, value_of
+from llaca.fields import declared, expected, mapping, read_text, setting, value_of
+from llaca.methods import METHODS
 from llaca.names import by_task, check_name, run_name
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-AVERAGE_FIELDS = ("average", "average_start", "fallback_beta", "beta", "constant", "horizon")
-METHOD_FIELDS = (*AVERAGE_FIELDS, "penalty", "consolidation", "temperature", "memory_records", "estimate_records",
-                 "merge_weight", "keep_share", "experts", "energy")  # fmt: skip
-LIMITS = {  # of settings that a method cannot do without: (least, greatest); the least of ABOVE is not allowed itself
-    "penalty": (0, inf),
-    "temperature": (0, inf),
-    "memory_records": (0, inf),
-    "estimate_records": (1, inf),
-    "merge_weight": (0, 1),
-    "keep_share": (0, 1),
-    "experts": (1, inf),
-    "energy": (0, 1),
-}
-ABOVE = ("temperature", "keep_share")
 DEFAULT_RECIPE = CONFIGS / "coin_mini.yaml"
 
 
@@ -37,27 +23,21 @@ DEFAULT_RECIPE = CONFIGS / "coin_mini.yaml"
 class ModelConfig:
     """The base model and what of it is trained."""
 
-    base: str = field(metadata={"help": "folder of a LlavaForConditionalGeneration and its LlavaProcessor"})
-    lora_rank: int = field(default=128, metadata={"help": "rank r of LoRA on every linear of the language model"})
-    lora_alpha: int = field(default=256, metadata={"help": "LoRA scale is alpha / rank"})
-    lora_dropout: float = field(default=0.05, metadata={"help": "dropout before LoRA A"})
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = field(
-        default="sdpa", metadata={"help": "attention implementation"}
+    base: str = setting(MISSING, "folder of a LlavaForConditionalGeneration and its LlavaProcessor")
+    lora_rank: int = setting(128, "rank r of LoRA on every linear of the language model", least=1)
+    lora_alpha: int = setting(256, "LoRA scale is alpha / rank", least=1)
+    lora_dropout: float = setting(0.05, "dropout before LoRA A", least=0, below=1)
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = setting("sdpa", "attention implementation")
+    dtype: Literal["float32", "bfloat16"] = setting("bfloat16", "of the frozen base; what is trained is float32")
+    quantization: Literal["none", "8bit", "nf4", "nf4-double"] = setting(
+        "none", "of the frozen language model's blocks (QLoRA, by bitsandbytes)"
     )
-    dtype: Literal["float32", "bfloat16"] = field(
-        default="bfloat16", metadata={"help": "of the frozen base; what is trained is float32"}
+    reuse_vision_features: bool = setting(
+        False, "compute the frozen vision tower's features once per picture and keep them in memory"
     )
-    quantization: Literal["none", "8bit", "nf4", "nf4-double"] = field(
-        default="none", metadata={"help": "of the frozen language model's blocks (QLoRA, by bitsandbytes)"}
-    )
-    reuse_vision_features: bool = field(
-        default=False,
-        metadata={"help": "compute the frozen vision tower's features once per picture and keep them in memory"},
-    )
-    gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
-    legacy_projector_reset: bool = field(
-        default=False,
-        metadata={"help": "every stage but the first starts from a random projector, as in the released code"},
+    gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass")
+    legacy_projector_reset: bool = setting(
+        False, "every stage but the first starts from a random projector, as in the released code"
     )
 
 
@@ -65,63 +45,46 @@ class ModelConfig:
 class StreamConfig:
     """The benchmark and the order in which its tasks arrive."""
 
-    data_root: str = field(metadata={"help": "folder of the benchmark: CoIN's layout, or its own benchmark.yaml"})
-    stream: str = field(default="", metadata={"help": "a stream that the benchmark names, as coin8; empty: all tasks"})
-    tasks: list[str] = field(
-        default_factory=list, metadata={"help": "task names in the original order, in place of a stream"}
+    data_root: str = setting(MISSING, "folder of the benchmark: CoIN's layout, or its own benchmark.yaml")
+    stream: str = setting("", "a stream that the benchmark names, as coin8; empty: all tasks")
+    tasks: list[str] = setting(list, "task names in the original order, in place of a stream")
+    order: Literal["original", "reverse", "alphabet"] = setting("original", "original, reverse or alphabet")
+    instructions: Literal["original", "diverse", "10type"] = setting("original", "original, diverse or 10type")
+    unchecked: bool = setting(
+        False, "train although the check of the data fails; what cannot be used is left out and counted"
     )
-    order: Literal["original", "reverse", "alphabet"] = field(
-        default="original", metadata={"help": "original, reverse or alphabet"}
-    )
-    instructions: Literal["original", "diverse", "10type"] = field(
-        default="original", metadata={"help": "original, diverse or 10type"}
-    )
-    unchecked: bool = field(
-        default=False,
-        metadata={"help": "train although the check of the data fails; what cannot be used is left out and counted"},
-    )
-    max_train_samples: int = field(default=0, metadata={"help": "only the first n training records of a task; 0: all"})
-    max_new_tokens: int = field(
-        default=0, metadata={"help": "tokens of an answer at most; 0: the released limits, 128 or 1024"}
-    )
-    max_test_samples: int = field(default=0, metadata={"help": "only the first n questions of a test set; 0: all"})
+    max_train_samples: int = setting(0, "only the first n training records of a task; 0: all", least=0)
+    max_new_tokens: int = setting(0, "tokens of an answer at most; 0: the released limits, 128 or 1024", least=0)
+    max_test_samples: int = setting(0, "only the first n questions of a test set; 0: all", least=0)
 
 
 @dataclass
 class TrainConfig:
     """Optimisation of one stage."""
 
-    epochs: float = field(default=1.0, metadata={"help": "passes over a task's training records"})
-    batch_size: int = field(
-        default=16, metadata={"help": "records per device and micro-batch; with global_batch_size at most so many"}
+    epochs: float = setting(1.0, "passes over a task's training records", above=0)
+    batch_size: int = setting(16, "records per device and micro-batch; with global_batch_size at most so many", least=1)
+    gradient_accumulation: int = setting(
+        1, "micro-batches per optimizer step; with global_batch_size as many as it takes", least=1
     )
-    gradient_accumulation: int = field(
-        default=1, metadata={"help": "micro-batches per optimizer step; with global_batch_size as many as it takes"}
+    global_batch_size: int = setting(
+        0, "records per optimizer step, however many devices there are; 0: what comes out", least=0
     )
-    global_batch_size: int = field(
-        default=0, metadata={"help": "records per optimizer step, however many devices there are; 0: what comes out"}
+    learning_rate: float = setting(2e-4, "peak learning rate of LoRA", least=0)
+    projector_learning_rate: float = setting(2e-5, "peak learning rate of the projector", least=0)
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
+        "cosine", "learning-rate schedule"
     )
-    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate of LoRA"})
-    projector_learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate of the projector"})
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = field(
-        default="cosine", metadata={"help": "learning-rate schedule"}
+    warmup_ratio: float = setting(0.03, "share of a stage's steps with rising learning rate", least=0, below=1)
+    weight_decay: float = setting(0.0, "AdamW's weight decay", least=0)
+    max_grad_norm: float = setting(
+        0.0, "gradient clipping (L2 norm of the step's whole gradient); 0: none, as released", least=0
     )
-    warmup_ratio: float = field(default=0.03, metadata={"help": "share of a stage's steps with rising learning rate"})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay"})
-    max_grad_norm: float = field(
-        default=0.0,
-        metadata={"help": "gradient clipping (L2 norm of the step's whole gradient); 0: none, as released"},
+    loss_normalisation: Literal["local", "global"] = setting(
+        "local", "local: mean over a micro-batch's supervised tokens, as released; global: over the whole step's"
     )
-    loss_normalisation: Literal["local", "global"] = field(
-        default="local",
-        metadata={
-            "help": "local: mean over a micro-batch's supervised tokens, as released; global: over the whole step's"
-        },
-    )
-    max_length: int = field(default=2048, metadata={"help": "tokens of a sample, image placeholders included"})
-    per_task: dict = field(
-        default_factory=dict, metadata={"help": "task name -> overrides of this section's fields (YAML only)"}
-    )
+    max_length: int = setting(2048, "tokens of a sample, image placeholders included", least=1)
+    per_task: dict = setting(dict, "task name -> overrides of this section's fields (YAML only)")
 
     def steps(self, records: int, devices: int) -> int:
         """Optimizer steps of a stage with so many records, as transformers' Trainer counts them."""
@@ -131,62 +94,21 @@ class TrainConfig:
 
 @dataclass
 class MethodConfig:
-    """How forgetting is fought."""
+    """How forgetting is fought: what every method has. Its own settings stand in its file (llaca/methods/)."""
 
-    method: str = field(
-        default="llaca",
-        metadata={"help": "a name of --list-methods; configs/methods/NAME.yaml sets its fields"},
+    method: str = setting("llaca", "a name of --list-methods; --help-method NAME prints its settings")
+    grouping: bool = setting(False, "share parameters only between tasks with similar instructions")
+    similarity_threshold: float | None = setting(
+        None, "of joining a group; unset: as released, 0.90 for original instructions, else 0.30"
     )
-    grouping: bool = field(
-        default=False, metadata={"help": "share parameters only between tasks with similar instructions"}
+    group_similarity: Literal["mean", "max"] = setting(
+        "mean", "of a group: mean over all pairs (released, Table 10) or max (the text)"
     )
-    similarity_threshold: float | None = field(
-        default=None,
-        metadata={"help": "of joining a group; unset: as released, 0.90 for original instructions, else 0.30"},
+    new_group_start: Literal["latest", "fresh"] = setting(
+        "latest", "start of a new group: latest parameters (Algorithm 1) or fresh ones (the paper's text)"
     )
-    group_similarity: Literal["mean", "max"] = field(
-        default="mean", metadata={"help": "of a group: mean over all pairs (released, Table 10) or max (the text)"}
-    )
-    new_group_start: Literal["latest", "fresh"] = field(
-        default="latest",
-        metadata={"help": "start of a new group: latest parameters (Algorithm 1) or fresh ones (the paper's text)"},
-    )
-    average: str | None = field(default=None, metadata={"help": "rule of the balance weight beta, see llaca/beta.py"})
-    average_start: str | None = field(
-        default=None,
-        metadata={"help": "stage_start (the paper) or after_first_step (the release); unset: the rule's own"},
-    )
-    fallback_beta: float | None = field(
-        default=None, metadata={"help": "beta where the rule gives none in (0, 1); unset: the rule's own, mostly 0.99"}
-    )
-    beta: float | None = field(default=None, metadata={"help": "beta of the rule 'fixed'"})
-    constant: float | None = field(default=None, metadata={"help": "constant of the rules of the released codes"})
-    penalty: float | None = field(
-        default=None, metadata={"help": "weight of the term that EWC (lambda) or LwF adds to the loss"}
-    )
-    consolidation: Literal["online", "per_task"] | None = field(
-        default=None, metadata={"help": "EWC: one anchor, the last weights, or one for every task"}
-    )
-    temperature: float | None = field(default=None, metadata={"help": "of LwF's softmax"})
-    memory_records: int | None = field(
-        default=None, metadata={"help": "records of each earlier task that replay and A-GEM keep"}
-    )
-    estimate_records: int | None = field(
-        default=None, metadata={"help": "records that a method estimates from after a stage: Fisher, features"}
-    )
-    merge_weight: float | None = field(default=None, metadata={"help": "of the new weights in CoMA and CoFiMA"})
-    keep_share: float | None = field(default=None, metadata={"help": "of the weights that Model Tailor keeps tuned"})
-    experts: int | None = field(default=None, metadata={"help": "MoELoRA: experts that share lora_rank"})
-    energy: float | None = field(default=None, metadata={"help": "PGP: share of the features' energy to protect"})
-    seen_gradient: Literal["clipped", "unclipped"] = field(
-        default="clipped",
-        metadata={"help": "the gradient the method sees where max_grad_norm clips it: as the step used it, or before"},
-    )
-    beta_trace: Literal["quantiles", "full"] = field(
-        default="quantiles", metadata={"help": "beta.csv: quantiles per step, or full: a row per step and tensor"}
-    )
-    horizon: float | None = field(
-        default=None, metadata={"help": "horizon of the rule 'secant' in stages: its mu_rel is horizon x steps - 1"}
+    seen_gradient: Literal["clipped", "unclipped"] = setting(
+        "clipped", "the gradient the method sees where max_grad_norm clips it: as the step used it, or before"
     )
 
 
@@ -194,57 +116,53 @@ class MethodConfig:
 class RunConfig:
     """Where a run goes and what it tells."""
 
-    run: str = field(
-        default="",
-        metadata={"help": "name of the run, one folder; empty: made from method, recipe, what differs, and seed"},
+    run: str = setting("", "name of the run, one folder; empty: made from method, recipe, what differs, and seed")
+    runs_dir: str = setting("runs", "folder of the run folders")
+    seed: int = setting(0, "the run is a function of its recipe and this number, from 0", least=0)
+    zero: Literal["none", "0", "1", "2", "3", "3-offload"] = setting(
+        "none", "DeepSpeed with scripts/zeroN.json as it is; none: one process, or DDP under torchrun"
     )
-    runs_dir: str = field(default="runs", metadata={"help": "folder of the run folders"})
-    seed: int = field(default=0, metadata={"help": "the run is a function of its recipe and this number, from 0"})
-    zero: Literal["none", "0", "1", "2", "3", "3-offload"] = field(
-        default="none",
-        metadata={"help": "DeepSpeed with scripts/zeroN.json as it is; none: one process, or DDP under torchrun"},
+    report_to: Literal["none", "tensorboard", "wandb"] = setting(
+        "none", "where else to log; wandb is offline unless WANDB_MODE says otherwise"
     )
-    report_to: Literal["none", "tensorboard", "wandb"] = field(
-        default="none", metadata={"help": "where else to log; wandb is offline unless WANDB_MODE says otherwise"}
+    loader_workers: int = setting(0, "processes that read and prepare pictures ahead of the training; 0: none", least=0)
+    expected_minutes: float = setting(
+        0.0, "minutes that one run takes on the recipe's hardware, told before it starts", least=0
     )
-    loader_workers: int = field(
-        default=0, metadata={"help": "processes that read and prepare pictures ahead of the training; 0: none"}
-    )
-    expected_minutes: float = field(
-        default=0.0,
-        metadata={"help": "minutes that one run takes on the recipe's hardware, told before it starts"},
-    )
-    logging_steps: int = field(default=10, metadata={"help": "optimizer steps between two lines of train_log.jsonl"})
-    save_steps: int = field(
-        default=0,
-        metadata={
-            "help": "optimizer steps between two checkpoints inside a stage; 0: one only when SIGTERM or SIGINT asks"
-        },
+    logging_steps: int = setting(10, "optimizer steps between two lines of train_log.jsonl", least=1)
+    save_steps: int = setting(
+        0, "optimizer steps between two checkpoints inside a stage; 0: one only when SIGTERM or SIGINT asks", least=0
     )
 
 
 SECTIONS = (ModelConfig, StreamConfig, TrainConfig, MethodConfig, RunConfig)
+FIELDS = {f.name: f for section in SECTIONS for f in fields(section)}
+TRAIN_FIELDS = {f.name for f in fields(TrainConfig)} - {"per_task"}
+SETTINGS = {f.name for method in METHODS.values() for f in fields(method.Settings)}
 
 
 @dataclass
 class Recipe:
-    """All that determines a run, together with the versions of the code."""
+    """All that determines a run, together with the versions of the code. `settings` are those of the method."""
 
     model: ModelConfig
     stream: StreamConfig
     train: TrainConfig
     method: MethodConfig
     run: RunConfig
+    settings: Any
 
     def flat(self) -> dict:
         """Every field by its name, as in a YAML recipe."""
         return {key: value for section in asdict(self).values() for key, value in section.items()}
 
     @classmethod
-    def from_flat(cls, values: dict) -> "Recipe":
+    def from_flat(cls, values: Mapping[str, Any]) -> "Recipe":
         """The inverse of `flat`; a field that the recipe's version did not have yet gets its default."""
+        settings = METHODS[values.get("method", MethodConfig.method)].Settings
         parts = [
-            section(**{f.name: values[f.name] for f in fields(section) if f.name in values}) for section in SECTIONS
+            section(**{f.name: values[f.name] for f in fields(section) if f.name in values})
+            for section in (*SECTIONS, settings)
         ]
         return cls(*parts)
 
@@ -272,9 +190,10 @@ class Recipe:
         return 10_000 * self.run.seed + 100 * index
 
     def check(self) -> "Recipe":
-        """Itself. Raises ValueError naming the field whose value cannot be followed."""
+        """Return this recipe. Raises ValueError naming the field whose value cannot be followed."""
+        known = fields_of(self.method.method)
         for name, value in self.flat().items():
-            value_of(FIELDS[name], value)
+            value_of(known[name], value)
         check_name(self.run.run)
         tasks = self.stream.tasks
         if not tasks or len(set(tasks)) != len(tasks):
@@ -291,119 +210,180 @@ class Recipe:
         return self
 
 
-FIELDS = {f.name: f for section in SECTIONS for f in fields(section)}
-TRAIN_FIELDS = {f.name for f in fields(TrainConfig)} - {"per_task"}
+def fields_of(method: str) -> dict[str, Field]:
+    """Every field of a recipe with this method, the method's settings among them."""
+    return FIELDS | {f.name: f for f in fields(METHODS[method].Settings)}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def check_method(method: str) -> str:
+    """Return the method's name. Raises ValueError for one that is not known."""
+    if method not in METHODS:
+        raise ValueError(f"method '{method}' is not known; choose one of {', '.join(sorted(METHODS))}")
+    return method
+
+
+def not_its_own(method: str, name: str) -> str:
+    """What to say of a setting that another method has."""
+    own = [f.name for f in fields(METHODS[method].Settings)]
+    return f"method {method} has no {name}: it has {', '.join(own) or 'no settings of its own'}"
+
+
+def read_yaml(path: Path, method: str) -> dict[str, Any]:
     """One YAML recipe as {field: value}, with `methods` and, of a run's recipe.yaml, `inputs` where it has them.
 
-    Raises ValueError naming the file and the field that is unknown or whose value is of another type.
+    Settings in it are those of the method that it names, else of `method`. Raises ValueError naming the file and the
+    field that is unknown or whose value is of another type.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe; configs/ holds those that ship")
     content, where = read_text(path), f"{path}: "
     methods = mapping("methods", content.pop("methods", {}), where)
     inputs = mapping("inputs", content.pop("inputs", {}), where)
-    values = typed(content, path)
-    for method, own in methods.items():
-        if not (CONFIGS / "methods" / f"{method}.yaml").is_file():
-            raise ValueError(f"{path}: methods names '{method}', which is not known; see configs/methods/")
-        methods[method] = typed(mapping(f"methods.{method}", own, where), path, f"methods.{method}.")
+    if "method" in content:
+        method = value_of(FIELDS["method"], content["method"], where)
+    values = typed(content, path, method)
+    for name, own in methods.items():
+        if name not in METHODS:
+            raise ValueError(f"{path}: methods names '{name}', which is not known; --list-methods lists the known ones")
+        methods[name] = typed(mapping(f"methods.{name}", own, where), path, name, f"methods.{name}.")
     return values | ({"methods": methods} if methods else {}) | ({"inputs": inputs} if inputs else {})
 
 
-def typed(content: dict[str, Any], path: Path, within: str = "") -> dict[str, Any]:
+def typed(content: dict[str, Any], path: Path, method: str, within: str = "") -> dict[str, Any]:
     """Values of fields as the fields' types. Raises ValueError naming `path`, the place `within` it and the field."""
-    if unknown := [key for key in content if key not in FIELDS]:
-        raise ValueError(f"{path}: unknown field '{unknown[0]}'; `python -m llaca.train --help` lists the known ones")
-    where = f"{path}: {within}"
-    values = {name: value_of(FIELDS[name], value, where) for name, value in content.items()}
+    where, known, values = f"{path}: {within}", fields_of(check_method(method)), {}
+    for name, value in content.items():
+        if name in known:
+            values[name] = value_of(known[name], value, where)
+        elif name not in SETTINGS:
+            raise ValueError(f"{path}: unknown field '{name}'; `python -m llaca.train --help` lists the known ones")
+        elif value is not None:  # a run of an older version wrote every method's settings, empty ones
+            raise ValueError(f"{where}{not_its_own(method, name)}")
     for task, own in values.get("per_task", {}).items():
         own = mapping(f"per_task.{task}", own, where)
         if unknown := [key for key in own if key not in TRAIN_FIELDS]:
             raise ValueError(f"{where}per_task.{task}: '{unknown[0]}' is no field of the training section")
-        values["per_task"][task] = typed(own, path, f"{within}per_task.{task}.")
+        values["per_task"][task] = typed(own, path, method, f"{within}per_task.{task}.")
     return values
+
+
+def parser_of(method: str) -> ArgumentParser:
+    """The command line of a recipe with this method; what is not given is not in its namespace, values are texts."""
+    parser = ArgumentParser(
+        prog="llaca.train", description="Trains one run: a stream of tasks with one method.", allow_abbrev=False
+    )
+    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, help="YAML file (default: CoIN-mini's)")
+    parser.add_argument("--smoke", action="store_true", help="a few samples a task: the whole pipeline in minutes")
+    for section in (*SECTIONS, METHODS[method].Settings):
+        own = section in SECTIONS
+        title, text = (section.__name__, section.__doc__) if own else (f"method {method}", METHODS[method].__doc__)
+        group = parser.add_argument_group(title, (text or "").strip().partition("\n")[0])
+        for one in fields(section):
+            if (kind := declared(one)) is dict:
+                continue  # YAML only
+            names = dict.fromkeys((f"--{one.name}", f"--{one.name.replace('_', '-')}"))
+            shape = {"nargs": "+"} if kind is list or str(kind).startswith("list") else {}
+            if kind is bool:
+                shape = {"nargs": "?", "const": "true"}
+            group.add_argument(*names, dest=one.name, default=SUPPRESS, metavar="VALUE", help=help_of(one), **shape)
+    return parser
+
+
+def is_needed(one: Field) -> bool:
+    """Whether a field has no default."""
+    return one.default is one.default_factory is MISSING
+
+
+def help_of(one: Field) -> str:
+    """What --help says of a field: its meaning, what it takes, its default."""
+    default = "" if is_needed(one) else f"; default: {default_of(one)}"
+    return f"{one.metadata['help']} ({expected(one)}{default})".replace("%", "%%")
+
+
+def default_of(one: Field) -> Any:
+    """A field's default, none for an empty one."""
+    value = one.default if one.default_factory is MISSING else one.default_factory()
+    return "none" if value in (None, "", [], {}) else value
 
 
 def load_recipe(arguments: list[str]) -> Recipe:
     """The recipe that a command line asks for.
 
-    `--recipe FILE` (default: CoIN-mini), then the file of `--method` (or of the recipe's method) and what the recipe's
-    `methods` block says of it, then, with `--smoke`, configs/smoke.yaml, then the other `--field value` pairs. A recipe
-    that names this very method, as a run's recipe.yaml does, stands above the method's file itself; for another method
-    its method's settings do not count.
+    `--recipe FILE` (default: CoIN-mini), then what the method changes of it and what the recipe's `methods` block says
+    of the method, then, with `--smoke`, configs/smoke.yaml, then the other `--field value` pairs. A recipe that names
+    this very method, as a run's recipe.yaml does, stands above what the method changes; for another method its method's
+    settings do not count.
     Raises ValueError for unknown fields or tasks, and for values that a field cannot have.
     """
-    parser = HfArgumentParser(
-        SECTIONS, allow_abbrev=False, description="Trains one run: a stream of tasks with one method."
-    )
-    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, help="YAML file")
-    parser.add_argument("--smoke", action="store_true", help="a few samples a task: the whole pipeline in minutes")
     chooser = ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE)
     chooser.add_argument("--method")
-    chooser.add_argument("--smoke", action="store_true")
-    chooser.add_argument("--average")
     chosen, _ = chooser.parse_known_args(arguments)
-    values = read_yaml(chosen.recipe)
-    label = "" if chosen.recipe.resolve() == DEFAULT_RECIPE.resolve() else chosen.recipe.stem
-    if "inputs" in values:  # a run's recipe.yaml
+    values = read_yaml(chosen.recipe, chosen.method or MethodConfig.method)
+    method = check_method(chosen.method or values.get("method", MethodConfig.method))
+    given, unknown = parser_of(method).parse_known_args(arguments)
+    for token in unknown:
+        if (name := token.split("=")[0].lstrip("-").replace("-", "_")) in SETTINGS:
+            raise ValueError(not_its_own(method, name))
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]}; `python -m llaca.train --help` lists the known ones")
+    spoken = vars(given)
+    path, smoke = spoken.pop("recipe"), spoken.pop("smoke")
+    label = "" if path.resolve() == DEFAULT_RECIPE.resolve() else path.stem
+    if values.pop("inputs", None) is not None:  # a run's recipe.yaml
         label = values.get("run", label)
-    method = chosen.method or values.get("method", MethodConfig.method)
-    own = CONFIGS / "methods" / f"{method}.yaml"
-    if not own.is_file():
-        known = ", ".join(sorted(p.stem for p in own.parent.glob("*.yaml")))
-        raise ValueError(f"method '{method}' is not known; choose one of {known}")
-    spoken = {token.split("=")[0].lstrip("-").replace("-", "_") for token in arguments if token.startswith("--")}
-    if values.get("method", method) != method:
-        values = without_method(values, chosen.recipe, spoken)
+        values = without_method(values, path, method, spoken, frozen=True)
+    else:
+        values = without_method(values, path, method, spoken, frozen=False)
     # What the recipe says of a method stands above the method's own file: only the recipe knows the model's size.
-    tuned = values.pop("methods", {}).get(method, {})
-    values.pop("inputs", None)
+    tuned, kind = values.pop("methods", {}).get(method, {}), METHODS[method]
     lower, upper = ({}, values) if values.get("method") == method else (values, {})
-    values = {**lower, **read_yaml(own), **upper, **tuned, "method": method}
+    values = {**lower, **kind.changes, **upper, **tuned, "method": method}
     if "per_task" in values:  # the command line speaks last
         tasks = values["per_task"].items()
         values["per_task"] = {task: {k: v for k, v in own.items() if k not in spoken} for task, own in tasks}
     if "stream" in spoken and "tasks" not in spoken:
         values.pop("tasks", None)
-    if chosen.average:  # what the recipe sets for its own rule is not meant for another one
-        values = {key: value for key, value in values.items() if key not in AVERAGE_FIELDS}
-    if chosen.smoke:
-        values.update(read_yaml(CONFIGS / "smoke.yaml"))
-    for action in parser._actions:
-        action.required = action.required and action.dest not in values
-    parser.set_defaults(**values)
-    recipe = Recipe(*parser.parse_args_into_dataclasses(arguments)[: len(SECTIONS)])
+    for name, others in kind.belongs_to.items():  # what the recipe sets beside one value is not meant for another
+        if name in spoken:
+            values = {key: value for key, value in values.items() if key not in others}
+    if smoke:
+        values.update(read_yaml(CONFIGS / "smoke.yaml", method))
+    known = fields_of(method)
+    told = values | {name: value_of(known[name], text) for name, text in spoken.items()}
+    for name, one in known.items():
+        if is_needed(one) and name not in told:
+            raise ValueError(f"{name}: a recipe needs it; give --{name}, or a line in {path}")
+    recipe = Recipe.from_flat(told)
+    usual = Recipe.from_flat({name: told[name] for name, one in known.items() if is_needed(one)} | values)
     stream, chosen_tasks = recipe.stream, recipe.stream.tasks
     benchmark = open_benchmark(stream.data_root)
     stream.tasks = [benchmark.task(task).name for task in chosen_tasks] or benchmark.stream(stream.stream)
     if not recipe.run.run:
-        for action in parser._actions:  # a field without a default is no part of what is usual
-            if action.required:
-                action.required, action.default = False, recipe.flat()[action.dest]
-        parser.set_defaults(**values)
-        usual = Recipe(*parser.parse_args_into_dataclasses([])[: len(SECTIONS)])
         if not chosen_tasks:  # the stream's name tells them
             usual.stream.tasks = stream.tasks
-        recipe.run.run = run_name(recipe, usual, label, chosen.smoke)
-    recipe.train.per_task = by_task(recipe.train.per_task, stream.tasks, benchmark, chosen.recipe)
+        recipe.run.run = run_name(recipe, usual, label, smoke)
+    recipe.train.per_task = by_task(recipe.train.per_task, stream.tasks, benchmark, path)
     return recipe.check()
 
 
-def without_method(values: dict[str, Any], path: Path, spoken: set[str]) -> dict[str, Any]:
-    """A recipe that names a method, for another one: without that method's settings and, of a run, without its name.
+def without_method(
+    values: dict[str, Any], path: Path, method: str, spoken: Mapping[str, Any], frozen: bool
+) -> dict[str, Any]:
+    """A recipe for this method: if it names another one, without that method's settings and, of a run (`frozen`),
+    without its name.
 
     Raises ValueError for a run whose method sets training fields, too: what stood in their place is not known any more.
     """
-    frozen, method = "inputs" in values, values["method"]
-    settings = {f.name for f in fields(MethodConfig)} | {"run"} if frozen else {*METHOD_FIELDS, "method"}
-    own = CONFIGS / "methods" / f"{method}.yaml"
-    if frozen and own.is_file() and (theirs := [k for k in read_yaml(own) if k in TRAIN_FIELDS and k not in spoken]):
+    theirs = values.get("method", method)
+    if theirs == method:
+        return values
+    settings = {f.name for f in fields(MethodConfig)} | {"run"} if frozen else {"method"}
+    settings |= {f.name for f in fields(METHODS[theirs].Settings)}
+    changed = [name for name in METHODS[theirs].changes if name in TRAIN_FIELDS and name not in spoken]
+    if frozen and changed:
         raise ValueError(
-            f"{path} is of a run with the method {method}, which has a {theirs[0]} of its own: give --{theirs[0]} for "
-            "the other method, or the recipe that the run was started from"
+            f"{path} is of a run with the method {theirs}, which has a {changed[0]} of its own: give --{changed[0]} "
+            "for the other method, or the recipe that the run was started from"
         )
     return {key: value for key, value in values.items() if key not in settings}

@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -26,13 +27,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from llaca.stream import deepspeed_file
 from llava.model import trainable_parameters
 
 if TYPE_CHECKING:  # brings in PEFT and, where installed, bitsandbytes
     from llava.trainer import LlavaTrainer
 
 PLAIN_LINEAR = functional.linear  # DeepSpeed replaces it for good where it shards the first tensor
+
+
+def deepspeed_file(zero: str) -> Path:
+    """DeepSpeed's configuration for a recipe's `zero`, which is not "none"."""
+    return Path(__file__).parents[1] / "scripts" / f"zero{zero}.json"
 
 
 def shards_weights(zero: str) -> bool:

@@ -6,7 +6,7 @@ better here, so a recipe is read as text, and the field's declared type says wha
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, Field
+from dataclasses import MISSING, Field, field
 from math import inf, isfinite
 from pathlib import Path
 from types import UnionType
@@ -14,18 +14,19 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-ANY = (0, inf)  # from 0 on
-SOME = (1, inf)
-RANGES: dict[str, tuple[float, float]] = {  # of numbers: (least, greatest); those of a method: llaca/methods/base.py
-    **dict.fromkeys(("lora_rank", "lora_alpha", "batch_size", "gradient_accumulation", "max_length"), SOME),
-    "logging_steps": SOME,
-    **dict.fromkeys(("max_train_samples", "max_new_tokens", "max_test_samples", "global_batch_size"), ANY),
-    **dict.fromkeys(("learning_rate", "projector_learning_rate", "weight_decay", "max_grad_norm", "epochs"), ANY),
-    **dict.fromkeys(("seed", "loader_workers", "expected_minutes", "save_steps"), ANY),
-    **dict.fromkeys(("lora_dropout", "warmup_ratio"), (0, 1)),
-}
-ABOVE, BELOW = ("epochs",), ("lora_dropout", "warmup_ratio")  # the least, the greatest is not allowed itself
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def setting(default: Any, text: str, **limits: float) -> Any:
+    """A field of a recipe or of a method's Settings, for a dataclass.
+
+    default: its value where none is given; MISSING: one has to be given; list, dict: an empty one. text: what --help
+    says of it. limits: of a number, `least` and `most` with that value, `above` and `below` without it.
+    """
+    metadata = {"help": text, "limits": limits}
+    if default in (list, dict):
+        return field(default_factory=default, metadata=metadata)
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
 class TextLoader(yaml.SafeLoader):
@@ -101,11 +102,11 @@ def value_of(field: Field, value: Any, where: str = "") -> Any:
             raise ValueError(f"{where}{field.name}: {shown(value)} is not known; choose one of {known}")
         return value
     found = _read(kind, value)
-    least, greatest = RANGES.get(field.name, (-inf, inf))
     fits = found is not None
     if fits and kind in (int, float):
-        fits = least <= found <= greatest
-        fits &= not (field.name in ABOVE and found == least) and not (field.name in BELOW and found == greatest)
+        limits = field.metadata["limits"]
+        fits = limits.get("least", -inf) <= found <= limits.get("most", inf)
+        fits &= limits.get("above", -inf) < found < limits.get("below", inf)
     elif fits and kind is str:
         fits = bool(found.strip()) or field.default is not MISSING
     if not fits:
@@ -138,6 +139,8 @@ def _read(kind: Any, value: Any) -> Any:
 def expected(field: Field) -> str:
     """What a field takes, in words."""
     kind = declared(field)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
     if kind is str:
         return "a text" if field.default is not MISSING else "a text; the field needs one"
     if kind is bool:
@@ -146,7 +149,7 @@ def expected(field: Field) -> str:
         return "a list of texts, as [a, b]"
     if kind is dict:
         return "a mapping, as {key: value}"
-    least, greatest = RANGES.get(field.name, (-inf, inf))
-    low = "" if least == -inf else f" above {least}" if field.name in ABOVE else f" of at least {least}"
-    high = "" if greatest == inf else f" and {'below' if field.name in BELOW else 'at most'} {greatest}"
-    return ("a whole number" if kind is int else "a number") + low + high
+    words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+    limits = [f"{words[name]} {value}" for name, value in field.metadata["limits"].items()]
+    said = f" {' and '.join(limits)}" if limits else ""
+    return ("a whole number" if kind is int else "a number") + said.replace(" at least", " of at least")

@@ -140,7 +140,7 @@ def handed_on(method: Method, stage: Path) -> dict:
     folder has lost it."""
     if not method.hands_on:
         return {}
-    path, needed = stage / MEMORY, f"what {method.config.method} has to know of earlier tasks"
+    path, needed = stage / MEMORY, f"what {type(method).__name__} has to know of earlier tasks"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: {needed}. Copy it to the run, {AGAIN.format(stage)}")
     try:

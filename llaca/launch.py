@@ -16,7 +16,8 @@ import torch
 from data.check import check_benchmark
 from data.mini.build import build, is_built
 from llaca import machine
-from llaca.config import DEFAULT_RECIPE, Recipe, load_recipe, read_yaml
+from llaca.config import DEFAULT_RECIPE, Recipe, load_recipe
+from llaca.fields import read_text
 from llaca.hostfile import USUAL, runner_options
 from llaca.methods import METHODS, method_of
 from llaca.processes import run_all
@@ -116,7 +117,9 @@ def commands(arguments: list[str]) -> list[tuple[Recipe, list[str]]]:
     parser.add_argument("--run")
     parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE)
     chosen, rest = parser.parse_known_args(arguments)
-    values = read_yaml(chosen.recipe)
+    if not chosen.recipe.is_file():
+        raise FileNotFoundError(f"{chosen.recipe}: no such recipe; configs/ holds those that ship")
+    values = read_text(chosen.recipe)
     rest = ["--recipe", str(chosen.recipe), *rest] if chosen.recipe != DEFAULT_RECIPE else rest
     method = chosen.method or values.get("method")
     methods = [method] if method else list(DEFAULT_METHODS)
@@ -169,7 +172,7 @@ def main() -> None:
     smoke run is evaluated, too."""
     leave_at_once()
     arguments = sys.argv[1:]
-    if {"-h", "--help", "--list-methods"} & set(arguments):
+    if {"-h", "--help", "--list-methods", "--help-method"} & set(arguments):
         sys.exit(subprocess.call([sys.executable, "-m", "llaca.train", *arguments]))
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--launcher", choices=("python", "torchrun", "deepspeed"))

@@ -172,9 +172,9 @@ def answering_bytes(recipe: Recipe, model: torch.nn.Module, tokens: int) -> tupl
 
 def average_bytes(recipe: Recipe, trained: float) -> float:
     """Per value, float32: the average and what the method's rule remembers. 0 for a method without an average."""
-    if recipe.method.average is None:
+    if (rule := getattr(recipe.settings, "average", None)) is None:
         return 0.0
-    return 4 * trained * (1 + len(kept_of_the_past(settings_of(recipe.method.average, {})["variant"])))
+    return 4 * trained * (1 + len(kept_of_the_past(settings_of(rule, {})["variant"])))
 
 
 def plan(recipe: Recipe, gpus: int, tokens: int, device: str = "cuda") -> dict[str, Bytes]:

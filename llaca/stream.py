@@ -33,6 +33,7 @@ from data.cache import NO_LOCKS
 from data.checksums import checksum
 from llaca import machine
 from llaca.config import Recipe
+from llaca.engine import deepspeed_file
 
 BASE_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
 NO_MATTER = ("runs_dir", "report_to", "loader_workers", "expected_minutes", "save_steps", "beta_trace")  # to the result
@@ -195,11 +196,6 @@ def reserved(recipe: Recipe) -> Iterator[Callable[[], Path]]:
             return open_run(recipe)
 
         yield freeze
-
-
-def deepspeed_file(zero: str) -> Path:
-    """DeepSpeed's configuration for a recipe's `zero`, which is not "none"."""
-    return Path(__file__).parents[1] / "scripts" / f"zero{zero}.json"
 
 
 def input_files(recipe: Recipe) -> dict[str, Path]:

@@ -12,7 +12,7 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +24,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from data.benchmark import image_root, open_benchmark
 from data.checksums import checksum
 from llaca import hosts, ranks
-from llaca.config import Recipe, TrainConfig, load_recipe
-from llaca.engine import cast_for_engine, release, sharded_loading, shards_weights, whole
+from llaca.config import Recipe, TrainConfig, help_of, load_recipe
+from llaca.engine import cast_for_engine, deepspeed_file, release, sharded_loading, shards_weights, whole
 from llaca.folders import (
     MEMORY,
     TRAINER,
@@ -46,7 +46,6 @@ from llaca.records import TaskRecords, load_stream, stage_datasets, stage_wordin
 from llaca.stream import (
     Stage,
     check_order,
-    deepspeed_file,
     die_with_launcher,
     environment,
     frozen,
@@ -345,12 +344,30 @@ def finish(stage: Stage, report: dict, pool: Pool) -> None:
     seal(stage)
 
 
+def help_method(names: list[str]) -> str | None:
+    """Prints what the named methods are and their settings, from their own files; returns what is wrong with a name."""
+    if not names or (unknown := [name for name in names if name not in METHODS]):
+        return f"--help-method NAME: {unknown[0] if names else 'no name'}; the methods are {', '.join(METHODS)}"
+    for name in names:
+        kind = METHODS[name]
+        about, _, _ = kind.__doc__.partition("\n\n")
+        print(f"{name} ({kind.__module__.replace('.', '/')}.py): {' '.join(about.split())}")
+        for one in fields(kind.Settings):
+            print(f"  --{one.name} {help_of(one)}")
+        for field, value in kind.changes.items():
+            print(f"  changes the recipe's default of {field} to {value}")
+    return None
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Command line; `--list-methods` prints the methods' names as a JSON list."""
+    """Command line; `--list-methods` prints the methods' names as a JSON list, `--help-method NAME` a method's
+    settings."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--list-methods" in arguments:
         print(json.dumps(list(METHODS)))
         return
+    if "--help-method" in arguments:
+        sys.exit(help_method(arguments[arguments.index("--help-method") + 1 :]))
     leave_at_once()
     die_with_launcher()
     try:

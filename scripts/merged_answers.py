@@ -56,7 +56,7 @@ def answers(run: Run, stage: str, questions: int, batch_size: int) -> float:
     """Prints the first table; returns the size of the stage's LoRA."""
     answerer = Answerer(run)
     config = replace(run.recipe.model, lora_dropout=0.0)
-    method = METHODS[run.recipe.method.method](run.recipe.method)
+    method = METHODS[run.recipe.method.method](run.recipe.settings)
 
     def adapted(base: nn.Module) -> nn.Module:
         model = method.attach(base, config)

@@ -18,8 +18,8 @@ from llaca import ranks
 from llaca.callbacks import Tap
 from llaca.config import load_recipe
 from llaca.engine import cast_for_engine, sharded_loading
-from llaca.methods.average import MovingAverage
 from llaca.methods.base import Method
+from llaca.methods.llaca import LLaCA
 from llava.dataset import InstructionDataset
 from llava.model import adapter_state, attach_lora, is_projector, load_base
 from llava.trainer import LlavaTrainer, training_arguments
@@ -46,7 +46,7 @@ class Recorder(Method):
         self.projector.append(total[own].sum().sqrt().item())
 
 
-class Weighed(MovingAverage):
+class Weighed(LLaCA):
     """Adds up the bytes of all tensors in this process, each storage once, after every step."""
 
     norms, bytes = (), 0

@@ -48,7 +48,7 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None, hal
     """Four optimizer steps of four records, one at a time, on as many ranks as there are; `half`: in bfloat16."""
     torch.manual_seed(0)
     model, processor = load_base(base, torch.bfloat16 if half else torch.float32)
-    method = METHODS[name](load_recipe(["--method", name]).method)
+    method = METHODS[name](load_recipe(["--method", name]).settings)
     rank = 4 if name == "moelora" else 3  # two experts share it
     # Dropout would differ: every rank draws its own.
     model = method.attach(model, ModelConfig(str(base), lora_rank=rank, lora_alpha=6, lora_dropout=0.0))

@@ -22,7 +22,7 @@ from data.records import load_samples
 from llaca import ranks
 from llaca.callbacks import Checkpoints, Tap, latest
 from llaca.config import load_recipe
-from llaca.methods.average import MovingAverage
+from llaca.methods.llaca import LLaCA
 from llava.dataset import InstructionDataset
 from llava.model import attach_lora, load_base
 from llava.trainer import LlavaTrainer, training_arguments
@@ -36,7 +36,7 @@ CASES = {
 }
 
 
-class Watched(MovingAverage):
+class Watched(LLaCA):
     """Notes every micro-batch that it is trained on."""
 
     def __init__(self, config):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +10,6 @@ import yaml
 from safetensors.torch import load_file
 from test_llaca_train import arguments, mini  # noqa: F401
 
-from llaca import config
 from llaca.config import load_recipe
 from llaca.methods import METHODS
 from llaca.train import run
@@ -26,15 +24,13 @@ def blocks(document: str, language: str) -> list[str]:
 
 
 def test_the_walkthrough_of_a_new_method(arguments, tmp_path, monkeypatch):  # noqa: F811
-    """The file and the settings as they stand in docs/extending.md: it trains, and pulls towards the stage's start."""
+    """The file and the line as they stand in docs/extending.md: it trains, and pulls towards the stage's start."""
     path = tmp_path / "l2.py"
     path.write_text(blocks("extending.md", "python")[0])
     spec = importlib.util.spec_from_file_location("l2", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    shutil.copytree(config.CONFIGS, tmp_path / "configs")
-    (tmp_path / "configs/methods/l2.yaml").write_text(blocks("extending.md", "yaml")[0])
-    monkeypatch.setattr(config, "CONFIGS", tmp_path / "configs")
+    assert '`"l2": L2,` in `METHODS`' in (ROOT / "docs/extending.md").read_text()
     monkeypatch.setitem(METHODS, "l2", module.L2)
     apart = {}
     for penalty in ("0.0", "1000.0"):
@@ -43,7 +39,9 @@ def test_the_walkthrough_of_a_new_method(arguments, tmp_path, monkeypatch):  # n
         start, end = (load_file(stages / f"{n}/adapter/adapter_model.safetensors") for n in ("01-TextVQA", "02-GQA"))
         apart[penalty] = sum((end[name] - start[name]).square().sum() for name in start)
     assert 0 < apart["1000.0"] < apart["0.0"] / 2
-    assert load_recipe([*arguments, "--method", "l2"]).method.penalty == 0.1
+    assert load_recipe([*arguments, "--method", "l2"]).settings.penalty == 0.1
+    with pytest.raises(ValueError, match="penalty: '-1' is not a number of at least 0"):
+        load_recipe([*arguments, "--method", "l2", "--penalty", "-1"])
 
 
 def test_every_file_that_a_document_links_to_is_there():
@@ -60,7 +58,7 @@ def test_every_row_of_every_study_can_be_run_and_has_its_printed_numbers(name):
     for own in command_lines(study, recipe, [0, 1], []).values():
         for line in own:
             loaded = load_recipe(line)
-            METHODS[loaded.method.method](loaded.method)
+            METHODS[loaded.method.method](loaded.settings)
             names.append(loaded.run.run)
     assert len(set(names)) == len(names)
     wanted = [row for row in study["rows"].values() if "paper" in row]

@@ -1,10 +1,14 @@
 """Recipes: every file loads, the command line speaks last, and a run keeps the recipe it was started with."""
 
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 import yaml
 
+from llaca import train
 from llaca.config import CONFIGS, Recipe, load_recipe
-from llaca.methods import METHODS
+from llaca.methods import METHODS, method_of
 from llaca.stream import ordered, stages_of
 
 RECIPES = sorted(p for p in CONFIGS.glob("*.yaml") if p.name != "smoke.yaml")
@@ -19,8 +23,36 @@ def test_every_recipe_loads_with_every_method(recipe, method):
     assert Recipe.from_flat(loaded.flat()) == loaded
 
 
-def test_every_method_has_its_line_in_configs():
-    assert {p.stem for p in (CONFIGS / "methods").glob("*.yaml")} == set(METHODS)
+@pytest.mark.parametrize("method", METHODS)
+def test_help_method_prints_every_setting_from_the_methods_own_file(method, capsys):
+    with pytest.raises(SystemExit) as done:
+        train.main(["--help-method", method])
+    assert done.value.code is None
+    first, *lines = capsys.readouterr().out.splitlines()
+    file = Path(METHODS[method].__module__.replace(".", "/") + ".py")
+    assert first.startswith(f"{method} ({file}): ") and (CONFIGS.parent / file).is_file()
+    own = {f.name: getattr(METHODS[method].Settings(), f.name) for f in fields(METHODS[method].Settings)}
+    assert [line.split()[0] for line in lines if line.startswith("  --")] == [f"--{name}" for name in own]
+    for name, value in own.items():
+        (line,) = (line for line in lines if line.startswith(f"  --{name} "))
+        assert line.endswith(f"default: {'none' if value is None else value})")
+
+
+def test_help_method_of_an_unknown_one():
+    with pytest.raises(SystemExit, match="nothing; the methods are zero_shot"):
+        train.main(["--help-method", "nothing"])
+
+
+def test_a_run_of_before_methods_had_their_own_settings_is_read(tmp_path):
+    """Its recipe.yaml has the settings of all methods, empty but for its own."""
+    recipe = load_recipe(["--method", "ewc", "--penalty", "5"])
+    older = {**recipe.flat(), "average": None, "energy": None, "beta_trace": None}
+    assert Recipe.from_flat(older) == recipe
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(older))
+    assert load_recipe(["--recipe", str(tmp_path / "recipe.yaml")]) == recipe
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**older, "energy": 0.5}))
+    with pytest.raises(ValueError, match=r"recipe\.yaml: method ewc has no energy: it has penalty, consolidation"):
+        load_recipe(["--recipe", str(tmp_path / "recipe.yaml")])
 
 
 def test_recipe_then_method_then_recipe_for_the_method_then_command_line(tmp_path):
@@ -29,8 +61,8 @@ def test_recipe_then_method_then_recipe_for_the_method_then_command_line(tmp_pat
         "base: b\ndata_root: d\ntasks: [GQA]\ngrouping: false\nepochs: 3\nmethods: {llaca: {average: eq14}}\n"
     )
     loaded = load_recipe(["--recipe", str(recipe), "--method", "llaca", "--epochs", "2", "--lora-rank", "4"])
-    assert loaded.method.grouping  # configs/methods/llaca.yaml over the recipe
-    assert loaded.method.average == "eq14"  # the recipe's word on this method over the method's file
+    assert loaded.method.grouping  # what the method changes over the recipe
+    assert loaded.settings.average == "eq14"  # the recipe's word on this method over the method's file
     assert (loaded.train.epochs, loaded.model.lora_rank) == (2, 4)
     assert load_recipe(["--recipe", str(recipe), "--method", "lora"]).train.epochs == 3
 
@@ -41,7 +73,7 @@ def test_a_recipe_that_names_the_method_stands_above_its_file(tmp_path):
     asked = load_recipe(["--method", "ewc", "--penalty", "5", "--consolidation", "per_task"])
     recipe.write_text(yaml.safe_dump(asked.flat()))
     assert load_recipe(["--recipe", str(recipe)]) == asked
-    assert load_recipe(["--recipe", str(recipe), "--method", "lwf"]).method.penalty == 1.0
+    assert load_recipe(["--recipe", str(recipe), "--method", "lwf"]).settings.penalty == 1.0
 
 
 def test_smoke_lies_over_the_recipe():
@@ -138,9 +170,8 @@ def test_stages_of_a_stream_and_of_joint_training(tmp_path):
     ],
 )
 def test_a_method_refuses_settings_that_are_not_its_own(line, message):
-    config = load_recipe(line).method
     with pytest.raises(ValueError, match=message):
-        METHODS[config.method](config)
+        method_of(load_recipe(line))
 
 
 def test_an_automatic_name_says_what_differs():
@@ -164,9 +195,10 @@ def test_abbreviated_flags_are_refused():
 
 
 def test_another_rule_does_not_inherit_the_constant_of_the_recipes_rule():
-    assert load_recipe(["--method", "llaca"]).method.constant is not None
+    assert load_recipe(["--method", "llaca"]).settings.constant is not None
     for rule in ("eq45", "fixed"):
-        method = load_recipe(["--method", "llaca", "--average", rule]).method
-        assert (method.average, method.constant, method.beta, method.grouping) == (rule, None, None, True)
-    method = load_recipe(["--method", "llaca", "--average", "next_release", "--constant", "0.3"]).method
-    assert (method.average, method.constant) == ("next_release", 0.3)
+        recipe = load_recipe(["--method", "llaca", "--average", rule])
+        own = recipe.settings
+        assert (own.average, own.constant, own.beta, recipe.method.grouping) == (rule, None, None, True)
+    own = load_recipe(["--method", "llaca", "--average", "next_release", "--constant", "0.3"]).settings
+    assert (own.average, own.constant) == ("next_release", 0.3)

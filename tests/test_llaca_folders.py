@@ -188,7 +188,7 @@ def test_a_memory_that_was_cut_short_is_named_with_the_remedy(tmp_path, content)
     torch.save({"fisher": {"a": torch.ones(99)}}, tmp_path / "method.pt")
     assert handed_on(method_of("ewc"), tmp_path)["fisher"]["a"].sum() == 99
     (tmp_path / "method.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"method\.pt was cut short or damaged: .*ewc has to know .*remove .*/DONE"):
+    with pytest.raises(ValueError, match=r"method\.pt was cut short or damaged: .*EWC has to know .*remove .*/DONE"):
         handed_on(method_of("ewc"), tmp_path)
 
 

@@ -172,6 +172,6 @@ def test_a_compilation_that_was_killed_is_not_waited_for(tmp_path):
         "-c",
         "from llaca import ranks; ranks.start('2'); import deepspeed; deepspeed.init_distributed('gloo')",
     ]
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=40)
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and f"{name}_op built" in done.stdout, done.stderr
     assert not (folder / "lock").exists()

@@ -199,5 +199,5 @@ def test_a_run_tailors_every_stage(arguments):  # noqa: F811
 
 @pytest.mark.parametrize("share", ["0", "1.5"])
 def test_a_share_that_cannot_be_is_refused(share):
-    with pytest.raises(ValueError, match=f"keep_share is {float(share)}; it must be above 0 and at most 1"):
+    with pytest.raises(ValueError, match=f"keep_share: '{share}' is not a number above 0 and at most 1"):
         method_of("model_tailor", "--keep_share", share)

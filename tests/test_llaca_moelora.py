@@ -175,7 +175,8 @@ def test_a_run_trains_its_routers_and_answers_with_the_experts_unmerged(argument
 
 
 @pytest.mark.parametrize(
-    ("experts", "message"), [("3", "experts 3 does not divide lora_rank 4"), ("0", "experts is 0; it must be at least")]
+    ("experts", "message"),
+    [("3", "experts 3 does not divide lora_rank 4"), ("0", "experts: '0' is not a whole number of at least 1")],
 )
 def test_a_number_of_experts_that_cannot_be_is_refused(arguments, tmp_path, experts, message):  # noqa: F811
     with pytest.raises(ValueError, match=message):

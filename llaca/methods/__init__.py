@@ -1,24 +1,28 @@
-"""The methods by name. To add one: write its file, name it here, and give it a line in configs/methods/."""
+"""The methods by name. To add one: write its file and name it here."""
 
-from llaca.config import Recipe
+from typing import TYPE_CHECKING
+
 from llaca.methods.agem import AGEM
-from llaca.methods.average import MovingAverage
 from llaca.methods.base import Method
 from llaca.methods.eproj import EProj
 from llaca.methods.ewc import EWC
+from llaca.methods.llaca import FixedEMA, LLaCA
 from llaca.methods.lwf import LwF
 from llaca.methods.merging import CoFiMA, CoMA
 from llaca.methods.model_tailor import ModelTailor
 from llaca.methods.moelora import MoELoRA
 from llaca.methods.pgp import PGP
-from llaca.methods.reference import LoraPerTask, MultiTask, ZeroShot
+from llaca.methods.reference import LoRA, LoraLowLr, LoraPerTask, MultiTask, ZeroShot
 from llaca.methods.replay import Replay
+
+if TYPE_CHECKING:  # the recipe knows the methods
+    from llaca.config import Recipe
 
 METHODS: dict[str, type[Method]] = {
     "zero_shot": ZeroShot,
     "multi_task": MultiTask,
-    "lora": Method,
-    "lora_low_lr": Method,
+    "lora": LoRA,
+    "lora_low_lr": LoraLowLr,
     "lora_per_task": LoraPerTask,
     "ewc": EWC,
     "lwf": LwF,
@@ -30,15 +34,15 @@ METHODS: dict[str, type[Method]] = {
     "model_tailor": ModelTailor,
     "moelora": MoELoRA,
     "eproj": EProj,
-    "fixed_ema": MovingAverage,
-    "llaca": MovingAverage,
+    "fixed_ema": FixedEMA,
+    "llaca": LLaCA,
 }
 
 
-def method_of(recipe: Recipe) -> Method:
+def method_of(recipe: "Recipe") -> Method:
     """The method of a recipe. Raises ValueError if it cannot follow the recipe's settings, model or engine."""
     name, zero = recipe.method.method, recipe.run.zero
-    method = METHODS[name](recipe.method)
+    method = METHODS[name](recipe.settings)
     if zero not in method.engines:
         works = f"{', '.join(method.engines)} (none: one process or DDP)"
         raise ValueError(f"method {name} does not work with --zero {zero}; it does with {works}")

@@ -3,17 +3,19 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from llaca.config import ABOVE, LIMITS, METHOD_FIELDS, MethodConfig, ModelConfig
 from llaca.engine import Shards
 from llava.dataset import Collator, InstructionDataset
 from llava.hooks import TrainHooks
 from llava.model import attach_lora, trainable_parameters
+
+if TYPE_CHECKING:  # the recipe knows the methods
+    from llaca.config import ModelConfig
 
 EVERY_ENGINE = ("none", "0", "1", "2", "3", "3-offload")
 WHOLE_TENSORS = ("none", "0", "1", "2")  # engines under which every rank has whole weights to compute with
@@ -78,23 +80,18 @@ class Method(TrainHooks):
     mergeable = True  # False: the adapter stays beside the weights when it answers
     edits_gradients = False  # True: after_backward changes them
     edits_weights = False  # True: after_step changes them
-    fields: tuple[str, ...] = ()  # those of the recipe's METHOD_FIELDS that apply
     engines: tuple[str, ...] = EVERY_ENGINE  # values of the recipe's `zero` under which it works
+    changes: ClassVar[dict[str, Any]] = {}  # fields of a recipe that have another default with this method
+    belongs_to: ClassVar[dict[str, tuple[str, ...]]] = {}  # setting -> those that are meant for one value of it alone
     stage: StageView
 
-    def __init__(self, config: MethodConfig):
-        """Raises ValueError for settings that the method cannot follow: before anything is trained."""
-        self.config = config
-        given = [name for name in METHOD_FIELDS if getattr(config, name) is not None and name not in self.fields]
-        if given:
-            known = f"it has {', '.join(self.fields)}" if self.fields else "it has no settings of its own"
-            raise ValueError(f"method {config.method} has no {', '.join(given)}: {known}")
-        for name in LIMITS.keys() & set(self.fields):
-            value, (least, greatest) = getattr(config, name), LIMITS[name]
-            if value is None or not least <= value <= greatest or (name in ABOVE and value == least):
-                low = f"above {least}" if name in ABOVE else f"at least {least}"
-                high = "" if greatest == inf else f" and at most {greatest}"
-                raise ValueError(f"method {config.method}: {name} is {value}; it must be {low}{high}")
+    @dataclass
+    class Settings:
+        """The method's own settings: fields of a recipe, and of the command line (llaca.fields.setting)."""
+
+    def __init__(self, settings: Any = None):
+        """Raises ValueError for settings that do not go together: before anything is trained."""
+        self.settings = self.Settings() if settings is None else settings
 
     @property
     def watches(self) -> bool:
@@ -106,10 +103,10 @@ class Method(TrainHooks):
         """Whether the method has a `memory`."""
         return type(self).memory is not Method.memory
 
-    def check_model(self, config: ModelConfig) -> None:
+    def check_model(self, config: "ModelConfig") -> None:
         """Raises ValueError if the method cannot adapt such a model: before anything is trained."""
 
-    def attach(self, model: nn.Module, config: ModelConfig) -> nn.Module:
+    def attach(self, model: nn.Module, config: "ModelConfig") -> nn.Module:
         """The model with what is trained attached, in training and in evaluation."""
         return attach_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
 

@@ -10,19 +10,24 @@ answered with the projector of the most similar group. Similarity is that of the
 LoRA is attached as everywhere, so that adapters have one format, but rests at zero: the language model is the base's.
 """
 
+from typing import TYPE_CHECKING, ClassVar
+
 from torch import nn
 
-from llaca.config import ModelConfig
 from llaca.methods.base import WHOLE_TENSORS, Method
 from llava.model import is_projector, trainable_parameters
+
+if TYPE_CHECKING:  # the recipe knows the methods
+    from llaca.config import ModelConfig
 
 
 class EProj(Method):
     """A projector per group; a text without a picture trains nothing."""
 
     engines = WHOLE_TENSORS
+    changes: ClassVar = {"grouping": True, "projector_learning_rate": 2e-4}
 
-    def attach(self, model: nn.Module, config: ModelConfig) -> nn.Module:
+    def attach(self, model: nn.Module, config: "ModelConfig") -> nn.Module:
         model = super().attach(model, config)
         for name, parameter in trainable_parameters(model).items():
             parameter.requires_grad_(is_projector(name))

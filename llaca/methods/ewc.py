@@ -7,13 +7,15 @@ the sum over the tasks (gamma 1) and theta* the last weights. `per_task`: a pena
 for a constant, of the same form with the Fisher-weighted mean of the tasks' weights as theta*.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from llaca.config import MethodConfig
 from llaca.engine import Shards
+from llaca.fields import setting
 from llaca.fisher import diagonal_fisher
 from llaca.methods.base import WHOLE_TENSORS, Method
 
@@ -21,11 +23,16 @@ from llaca.methods.base import WHOLE_TENSORS, Method
 class EWC(Method):
     """LoRA with a quadratic penalty around the weights that earlier tasks needed."""
 
-    fields = ("penalty", "consolidation", "estimate_records")
+    @dataclass
+    class Settings:
+        penalty: float = setting(1000.0, "lambda, the weight of the penalty", least=0)
+        consolidation: Literal["online", "per_task"] = setting("online", "one anchor, the last weights, or one a task")
+        estimate_records: int = setting(200, "records that the Fisher information is estimated from", least=1)
+
     engines = WHOLE_TENSORS
 
-    def __init__(self, config: MethodConfig):
-        super().__init__(config)
+    def __init__(self, settings: Settings | None = None):
+        super().__init__(settings)
         self.fisher: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
 
@@ -43,14 +50,14 @@ class EWC(Method):
         # Weights that an engine holds in bfloat16 are compared with what bfloat16 makes of the anchor.
         moved = {name: w.float() - self.anchor[name].to(w.dtype).float() for name, w in weights.items()}
         terms = [(self.fisher[name] * difference.square()).sum() for name, difference in moved.items()]
-        return self.config.penalty / 2 * torch.stack(terms).sum()
+        return self.settings.penalty / 2 * torch.stack(terms).sum()
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[None, dict]:
-        new = diagonal_fisher(self.stage, self.config.estimate_records)
+        new = diagonal_fisher(self.stage, self.settings.estimate_records)
         for name, weight in shards.layout.gather(shards.parameters).items():
             weight, before = weight.to(new[name].device), self.fisher.get(name, torch.zeros_like(new[name]))
             total = before + new[name]
-            if self.config.consolidation == "per_task" and name in self.anchor:
+            if self.settings.consolidation == "per_task" and name in self.anchor:
                 mean = (before * self.anchor[name] + new[name] * weight) / total
                 weight = torch.where(total > 0, mean, weight)
             self.fisher[name], self.anchor[name] = total, weight

@@ -6,19 +6,26 @@ z are the logits of the model in training, z_old those of the weights that the s
 picture's placeholder is in neither, as in the loss. The mean is over a micro-batch, whatever the loss normalisation.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import kl_div, log_softmax
 
 from llaca.engine import Shards
+from llaca.fields import setting
 from llaca.methods.base import WHOLE_TENSORS, Method
 
 
 class LwF(Method):
     """LoRA that keeps the answers of the weights it started from."""
 
-    fields = ("penalty", "temperature")
+    @dataclass
+    class Settings:
+        penalty: float = setting(1.0, "lambda, the weight of the term", least=0)
+        temperature: float = setting(2.0, "T of both softmaxes", above=0)
+
     engines = WHOLE_TENSORS
     teacher: dict[str, Tensor] | None = None
 
@@ -40,11 +47,11 @@ class LwF(Method):
 
         with torch.no_grad(), self.stage.evaluating():
             old, _ = supervised_logits(teacher, inputs, labels)
-        temperature = self.config.temperature
+        temperature = self.settings.temperature
         words = torch.arange(old.logits.shape[-1], device=old.logits.device) != self.stage.model.config.image_token_id
         said, wanted = (log_softmax(z[:, words].float() / temperature, dim=-1) for z in (outputs.logits, old.logits))
         divergence = kl_div(said, wanted, log_target=True, reduction="batchmean")
-        return self.config.penalty * temperature**2 * divergence
+        return self.settings.penalty * temperature**2 * divergence
 
     def state_dict(self) -> dict:
         return {} if self.teacher is None else {"teacher": self.teacher}

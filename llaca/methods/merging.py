@@ -7,12 +7,14 @@ F_t is the diagonal Fisher information of task t (llaca/fisher.py), at most 1e-4
 LoRA's A and B are merged one by one, as LLaCA averages them: not what merging their products would give.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llaca.engine import Shards
+from llaca.fields import setting
 from llaca.fisher import diagonal_fisher
 from llaca.methods.base import WHOLE_TENSORS, Method
 
@@ -22,7 +24,10 @@ FISHER_LIMIT = 1e-4
 class CoMA(Method):
     """One average per stage, of its start and its end."""
 
-    fields = ("merge_weight",)
+    @dataclass
+    class Settings:
+        merge_weight: float = setting(0.4, "a, the weight of the new weights", least=0, most=1)
+
     start: list[Tensor] | None = None
 
     def before_task(self, shards: Shards, matched: bool, steps: int) -> None:
@@ -32,7 +37,7 @@ class CoMA(Method):
         if self.start is None:
             return None, {}
         pairs = zip(self.start, shards.parameters, strict=True)
-        return [torch.lerp(old, new, self.config.merge_weight) for old, new in pairs], {}
+        return [torch.lerp(old, new, self.settings.merge_weight) for old, new in pairs], {}
 
     def state_dict(self) -> dict:
         return {} if self.start is None else {"start": self.start}
@@ -45,7 +50,11 @@ class CoMA(Method):
 class CoFiMA(CoMA):
     """CoMA weighted by how much each task's answers depend on each weight."""
 
-    fields = ("merge_weight", "estimate_records")
+    @dataclass
+    class Settings:
+        merge_weight: float = setting(0.4, "a, the weight of the new weights", least=0, most=1)
+        estimate_records: int = setting(200, "records that the Fisher information is estimated from", least=1)
+
     engines = WHOLE_TENSORS
     fisher: dict[str, Tensor]
 
@@ -53,13 +62,13 @@ class CoFiMA(CoMA):
         self.fisher = memory.get("fisher", {})
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[list[Tensor] | None, dict]:
-        fisher = diagonal_fisher(self.stage, self.config.estimate_records)
+        fisher = diagonal_fisher(self.stage, self.settings.estimate_records)
         fisher = {name: f.clamp(max=FISHER_LIMIT).cpu() for name, f in fisher.items()}
         merged = None
         if self.start is not None:
             old_parts, new_parts = shards.layout.cut(self.fisher), shards.layout.cut(fisher)
             parts = zip(self.start, shards.parameters, old_parts, new_parts, strict=True)
-            merged = [merge(old, new, f.to(old), g.to(old), self.config.merge_weight) for old, new, f, g in parts]
+            merged = [merge(old, new, f.to(old), g.to(old), self.settings.merge_weight) for old, new, f, g in parts]
         self.fisher = fisher
         return merged, {}
 

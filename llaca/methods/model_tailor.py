@@ -22,12 +22,14 @@ Cost for LLaVA-7B at rank 128: H is 28 GB in all, collected in seven passes over
 largest of the solves are 128 rows of about 1100 unknowns.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llaca.engine import Shards
+from llaca.fields import setting
 from llaca.inputs import input_energies, passes
 from llaca.methods.base import WHOLE_TENSORS
 from llaca.methods.merging import CoMA
@@ -41,22 +43,26 @@ DAMPING = 0.01
 class ModelTailor(CoMA):
     """Holds the start of every stage, as CoMA does, and returns to it but for a patch."""
 
-    fields = ("keep_share", "estimate_records")
+    @dataclass
+    class Settings:
+        keep_share: float = setting(0.1, "share of each tensor that keeps what the stage gave it", above=0, most=1)
+        estimate_records: int = setting(128, "records whose inputs make H", least=1)
+
     engines = WHOLE_TENSORS
 
     def before_task(self, shards: Shards, matched: bool, steps: int) -> None:
         super().before_task(shards, True, steps)  # the first stage of a group has a start, too
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[list[Tensor] | None, dict]:
-        if self.config.keep_share == 1:
+        if self.settings.keep_share == 1:
             return None, {}
         tailored, trained = shards.layout.gather(self.start), shards.layout.gather(shards.parameters)
         layers = {name: weight for name, weight in trained.items() if not is_projector(name)}
         kept = adjusted = 0.0
         for names in passes(layers.items()):
-            for name, total in input_energies(self.stage, names, self.config.estimate_records).items():
+            for name, total in input_energies(self.stage, names, self.settings.estimate_records).items():
                 H, old, new = damped(total), tailored[name].to(total.device), layers[name].to(total.device)
-                patch = top_share(score(new, old, H), self.config.keep_share)
+                patch = top_share(score(new, old, H), self.settings.keep_share)
                 compensation = compensations(new, old, patch, H)
                 tailored[name] = torch.where(patch, new - compensation, old).cpu()
                 kept += patch.sum().item()

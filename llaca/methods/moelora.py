@@ -3,6 +3,8 @@
     y = W x + alpha/r sum_i g_i(x) B_i A_i dropout(x),    g(x) = softmax(R x)
 
 R is a router of every linear's own, without a bias; every token has its gates, and all experts are used. A_i starts
+from typing import TYPE_CHECKING
+from dataclasses import dataclass
 from N(0, 0.01^2), B_i from 0, R as torch starts a linear. The stream is trained as with LoRA: nothing protects an
 expert. All experts see the same dropout mask; the released code draws one for each.
 
@@ -13,32 +15,40 @@ In a saved adapter the A_i are stacked as lora_A [r, in], the B_i side by side a
 lora_router [E, in]. Stock PEFT reads such a folder as plain LoRA, without its gates: load it with `attach`.
 """
 
+from dataclasses import dataclass
 from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from llaca.config import ModelConfig
+from llaca.fields import setting
 from llaca.methods.base import Method
 from llava.model import attach_lora
+
+if TYPE_CHECKING:  # the recipe knows the methods
+    from llaca.config import ModelConfig
 
 
 class MoELoRA(Method):
     """Sequential training of a mixture of LoRA experts, which stay beside the weights when they answer."""
 
-    fields = ("experts",)
+    @dataclass
+    class Settings:
+        experts: int = setting(2, "E, experts that share lora_rank; the released scripts have 2", least=1)
+
     mergeable = False
 
-    def check_model(self, config: ModelConfig) -> None:
+    def check_model(self, config: "ModelConfig") -> None:
         """Raises ValueError unless the experts can share lora_rank equally."""
-        experts = self.config.experts
+        experts = self.settings.experts
         if config.lora_rank % experts:
             raise ValueError(f"experts {experts} does not divide lora_rank {config.lora_rank}: take another of the two")
 
-    def attach(self, model: nn.Module, config: ModelConfig) -> nn.Module:
+    def attach(self, model: nn.Module, config: "ModelConfig") -> nn.Module:
         """Raises ValueError as `check_model` does."""
         self.check_model(config)
-        layer = partial(expert_layer(), experts=self.config.experts)
+        layer = partial(expert_layer(), experts=self.settings.experts)
         return attach_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, layer)
 
 

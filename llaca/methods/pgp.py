@@ -14,6 +14,7 @@ The published code projects the gradient, but what Adam makes of a projected gra
 movement since the stage's start is projected, too. With SGD that changes nothing.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn.functional import pad
 
 from llaca import ranks
 from llaca.engine import Layout, Piece, Shards
+from llaca.fields import setting
 from llaca.inputs import exact_products, input_energies, passes, width
 from llaca.methods.base import WHOLE_TENSORS, Method
 
@@ -29,7 +31,11 @@ from llaca.methods.base import WHOLE_TENSORS, Method
 class PGP(Method):
     """LoRA that moves only where earlier tasks' inputs do not reach."""
 
-    fields = ("energy", "estimate_records")
+    @dataclass
+    class Settings:
+        energy: float = setting(0.95, "share of |X|^2 that U holds", least=0, most=1)
+        estimate_records: int = setting(200, "records whose inputs are X", least=1)
+
     engines = WHOLE_TENSORS
     edits_gradients = edits_weights = True
     basis: dict[str, Tensor]  # name -> U [inputs, directions]; empty before the first task
@@ -76,9 +82,9 @@ class PGP(Method):
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[None, dict]:
         for names in passes(self.stage.weights().items()):
-            energies = input_energies(self.stage, names, self.config.estimate_records)
+            energies = input_energies(self.stage, names, self.settings.estimate_records)
             for name in names:
-                self.basis[name] = extended(self.basis.get(name), energies.pop(name), self.config.energy)
+                self.basis[name] = extended(self.basis.get(name), energies.pop(name), self.settings.energy)
         inputs, directions = (sum(basis.shape[axis] for basis in self.basis.values()) for axis in (0, 1))
         return None, {"protected_share": directions / inputs}
 

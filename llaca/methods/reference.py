@@ -1,4 +1,6 @@
-"""The ends of the scale: no training at all, training on everything at once, parameters for every task."""
+"""What the methods are compared with: no training, everything at once, parameters for every task, smaller steps."""
+
+from typing import ClassVar
 
 from llaca.methods.base import Method
 
@@ -7,6 +9,10 @@ class ZeroShot(Method):
     """The base model as it is."""
 
     trains = False
+
+
+class LoRA(Method):
+    """Sequential LoRA: each task starts from the last one's weights, nothing is protected."""
 
 
 class MultiTask(Method):
@@ -19,3 +25,10 @@ class LoraPerTask(Method):
     """A fresh LoRA for every task, and test sets that are told which task they are of: nothing can be forgotten."""
 
     oracle = True
+    changes: ClassVar = {"new_group_start": "fresh"}
+
+
+class LoraLowLr(Method):
+    """Sequential LoRA at a tenth of the learning rates: is an average more than smaller steps?"""
+
+    changes: ClassVar = {"learning_rate": 2e-5, "projector_learning_rate": 2e-6}

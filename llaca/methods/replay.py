@@ -3,11 +3,13 @@ records of every earlier task are trained on with the new ones, shuffled among t
 
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from llaca.engine import Shards
+from llaca.fields import setting
 from llaca.methods.base import Method
 from llava.dataset import InstructionDataset
 
@@ -15,7 +17,10 @@ from llava.dataset import InstructionDataset
 class Replay(Method):
     """LoRA on the stage's records and the buffer's. A stage has more steps for it, by the buffer's size."""
 
-    fields = ("memory_records",)
+    @dataclass
+    class Settings:
+        memory_records: int = setting(20, "n, records of each earlier task that are kept", least=0)
+
     buffer: dict[str, list[int]]  # task -> numbers of its records
 
     def recall(self, memory: dict) -> None:
@@ -25,7 +30,7 @@ class Replay(Method):
         return dataset.joined([(earlier[task], numbers) for task, numbers in self.buffer.items()])
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[list[Tensor] | None, dict]:
-        count = min(self.config.memory_records, len(self.stage.dataset))
+        count = min(self.settings.memory_records, len(self.stage.dataset))
         drawn = random.Random(self.stage.seed).sample(range(len(self.stage.dataset)), count)
         replayed = sum(map(len, self.buffer.values()))
         self.buffer[self.stage.task] = sorted(drawn)

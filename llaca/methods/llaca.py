@@ -6,7 +6,9 @@ As in the paper's Algorithm 1 the average runs only in stages that continue an e
 trains as plain LoRA. Without grouping every stage but the first continues the same set.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -14,35 +16,53 @@ import torch
 from torch import Tensor
 
 from llaca import ranks
-from llaca.config import AVERAGE_FIELDS, MethodConfig
 from llaca.ema import DynamicAverage, Trace
 from llaca.engine import Shards
+from llaca.fields import setting
 from llaca.methods.base import Method
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-class MovingAverage(Method):
-    """Trains as LoRA does, averages beside it, and hands on the average."""
+class LLaCA(Method):
+    """The paper's method: trains as LoRA does, averages beside it by Eq. 45, and hands on the average, inside groups of
+    tasks with similar instructions."""
 
-    fields = AVERAGE_FIELDS
+    @dataclass
+    class Settings:
+        average: str = setting("eq45", "rule of the balance weight beta, see llaca/beta.py")
+        average_start: str | None = setting(
+            None, "stage_start (the paper) or after_first_step (the release); unset: the rule's own"
+        )
+        fallback_beta: float | None = setting(
+            None, "beta where the rule gives none in (0, 1); unset: the rule's own, mostly 0.99"
+        )
+        beta: float | None = setting(None, "beta of the rule 'fixed'")
+        constant: float | None = setting(None, "constant of the rules of the released codes")
+        horizon: float | None = setting(
+            None, "horizon of the rule 'secant' in stages: its mu_rel is horizon x steps - 1"
+        )
+        beta_trace: Literal["quantiles", "full"] = setting(
+            "quantiles", "beta.csv: quantiles per step, or full: a row per step and tensor"
+        )
 
-    def __init__(self, config: MethodConfig):
-        super().__init__(config)
-        if config.average is None:
-            raise ValueError(f"method {config.method} needs a rule for beta: set average, e.g. --average eq45")
+    changes: ClassVar = {"grouping": True}
+    belongs_to: ClassVar = {"average": ("average_start", "fallback_beta", "beta", "constant", "horizon")}
+
+    def __init__(self, settings: Settings | None = None):
+        super().__init__(settings)
         self.average: DynamicAverage | None = None
         self._traces: list[Trace] = []
         self._told = 0  # steps that the log has
         self._start(["trial"], [torch.zeros(1)], steps=1000)  # raises now for settings that would fail in stage 4
 
     def _start(self, names: list[str], tensors: list[Tensor], steps: int) -> DynamicAverage:
-        own = {"beta": self.config.beta, "constant": self.config.constant}
-        if self.config.horizon is not None:
-            own["mu_rel"] = max(self.config.horizon * steps - 1, 1e-3)
+        settings = self.settings
+        own = {"beta": settings.beta, "constant": settings.constant}
+        if settings.horizon is not None:
+            own["mu_rel"] = max(settings.horizon * steps - 1, 1e-3)
         own = {key: value for key, value in own.items() if value is not None}
-        config = self.config
-        return DynamicAverage(names, tensors, config.average, config.fallback_beta, config.average_start, **own)
+        return DynamicAverage(names, tensors, settings.average, settings.fallback_beta, settings.average_start, **own)
 
     @property
     def watches(self) -> bool:
@@ -70,7 +90,7 @@ class MovingAverage(Method):
             return None, {}
         trace = self._trace()
         if ranks.first():
-            table = full_table(trace, shards.names) if self.config.beta_trace == "full" else quantile_table(trace)
+            table = full_table(trace, shards.names) if self.settings.beta_trace == "full" else quantile_table(trace)
             table.to_csv(folder / "beta.csv", index=False, float_format="%.9g")
         return list(self.average.averages().values()), {
             "average": self.average.settings,
@@ -98,6 +118,17 @@ class MovingAverage(Method):
         whole = Trace(1, *(np.concatenate(rows) for rows in list(zip(*self._traces, strict=True))[1:]))
         self._traces = [whole]
         return whole
+
+
+class FixedEMA(LLaCA):
+    """ "Stable EMA" of the paper's Table 6: a fixed balance weight, no grouping."""
+
+    @dataclass
+    class Settings(LLaCA.Settings):
+        average: str = setting("fixed", "rule of the balance weight beta, see llaca/beta.py")
+        beta: float | None = setting(0.99, "beta of the rule 'fixed'")
+
+    changes: ClassVar = {}
 
 
 def quantile_table(trace: Trace) -> pd.DataFrame:
