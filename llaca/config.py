@@ -270,7 +270,11 @@ def typed(content: dict[str, Any], path: Path, method: str, within: str = "") ->
 def parser_of(method: str) -> ArgumentParser:
     """The command line of a recipe with this method; what is not given is not in its namespace, values are texts."""
     parser = ArgumentParser(
-        prog="llaca.train", description="Trains one run: a stream of tasks with one method.", allow_abbrev=False
+        prog="llaca.train",
+        usage="%(prog)s [--recipe FILE] [--method NAME] [--FIELD VALUE ...]",
+        description="Trains one run: a stream of tasks with one method.",
+        epilog="--list-methods: the methods; --help-method NAME: a method's settings",
+        allow_abbrev=False,
     )
     parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, help="YAML file (default: CoIN-mini's)")
     parser.add_argument("--smoke", action="store_true", help="a few samples a task: the whole pipeline in minutes")
