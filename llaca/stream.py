@@ -238,9 +238,11 @@ def die_with_launcher() -> None:
     launcher = os.environ.get("LLACA_LAUNCHER")
     if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        alone = "RANK" not in os.environ  # else torchrun or DeepSpeed stand in between
-        if alone and os.getppid() != int(launcher):  # it was killed before the line above
-            sys.exit(f"the launcher (process {launcher}) is gone")
+        # What died before the line above sends no signal; its children are adopted by the launcher, or by init.
+        starter = machine.launcher()
+        adopted = os.getppid() == int(launcher) if starter in ("torchrun", "deepspeed") else False
+        if adopted or (starter == "python" and os.getppid() != int(launcher)):
+            sys.exit(f"what started this process ({starter}, for process {launcher}) is gone")
 
 
 def leave_at_once() -> None:

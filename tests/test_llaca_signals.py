@@ -85,6 +85,23 @@ def test_signals_to_a_thread_that_was_there_before_are_noticed(tmp_path):
     assert file.read_text() == "1"
 
 
+@pytest.mark.parametrize(
+    ("around", "gone"),
+    [
+        ({}, False),
+        ({"RANK": "0"}, False),  # some platforms set it for a single process
+        ({"RANK": "0", "TORCHELASTIC_RUN_ID": "x"}, True),  # the launcher itself is no parent of these
+        ({"RANK": "0", "CROSS_SIZE": "1"}, True),
+    ],
+)
+def test_a_process_whose_starter_died_while_it_was_loading_ends(around, gone):
+    """Else it waits for half an hour for a rendezvous that nobody holds any more."""
+    line = [sys.executable, "-c", "from llaca.stream import die_with_launcher; die_with_launcher()"]
+    environment = {**os.environ, "LLACA_LAUNCHER": str(os.getpid()), **around}
+    done = subprocess.run(line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    assert bool(done.returncode) == gone and ("is gone" in done.stderr) == gone
+
+
 def test_the_third_signal_kills(tmp_path):
     files = [tmp_path / "a", tmp_path / "b"]
     launcher = started([[sys.executable, "-c", DEAF, str(file)] for file in files], files)
