@@ -272,7 +272,7 @@ def _check_processor(path: Path, config, processor: LlavaProcessor) -> None:
 
 
 def _check_trainables(model: nn.Module) -> None:
-    lora = re.compile(r".*\.language_model\..*\.lora_(A|B|router)\.default\.weight")
+    lora = re.compile(r".*\.language_model\..*\.lora_\w+\.default\.weight")
     projector = re.compile(r".*\.multi_modal_projector\.(linear_1|linear_2)\.modules_to_save\.default\.(weight|bias)")
     names = list(trainable_parameters(model))
     stray = [name for name in names if not lora.fullmatch(name) and not projector.fullmatch(name)]

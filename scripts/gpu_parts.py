@@ -129,7 +129,7 @@ def step_plain(context: Context) -> Part:
 
 def average(context: Context) -> Part:
     """The average at the model's shapes: the time of a step, and the GPU's half of the arithmetic against the CPU's."""
-    from scripts.bench_ema import shapes
+    from benchmarks.ema import shapes
 
     generator = torch.Generator().manual_seed(2)
     sizes = [(128, 4096), (11008, 16), (77,), (1, 3), (512, 513)]

@@ -196,7 +196,7 @@ def test_a_process_that_fails_ends_the_others(trained, tmp_path):
 
 
 def test_merged_answers_are_counted_beside_others(trained, capsys, monkeypatch):
-    from scripts import merged_answers
+    from benchmarks import merged_answers
 
     monkeypatch.setattr(merged_answers, "WIDTHS", (64,))
     line = ["merged_answers", "--run", str(trained / "r"), "--stage", "03-GQA", "--questions", "6"]

@@ -1,6 +1,6 @@
 """How fast questions are answered, against batches of whole prompts through stock `generate`: the ratio of both, twice.
 
-    python -m scripts.bench_predict [--rounds 3] [--pictures 8] [--test-samples 100]
+    python -m benchmarks.predict [--rounds 3] [--pictures 8] [--test-samples 100]
 
     six questions a picture, one a picture   a random model of LLaVA-1.5's shape, smaller: 576 tokens of a picture of
                                              336 x 336 pixels, answers of at most ten tokens

@@ -1,7 +1,7 @@
 """What the dynamic average costs at the shapes of LLaVA-7B's LoRA: 452 tensors, 340.8 million values, float32.
 
-    python -m scripts.bench_ema [--average eq45] [--repeats 3] [--layers 32]
-    python -m scripts.bench_ema --step            the overhead of LLaCA over LoRA in the recipe of CoIN-mini, in percent
+    python -m benchmarks.ema [--average eq45] [--repeats 3] [--layers 32]
+    python -m benchmarks.ema --step            the overhead of LLaCA over LoRA in the recipe of CoIN-mini, in percent
 
 The first compares, on this machine and with the threads that OMP_NUM_THREADS allows (about 12 GB of memory):
 

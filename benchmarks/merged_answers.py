@@ -1,6 +1,6 @@
 """What merging LoRA into a bfloat16 base does to answers and logits, against LoRA kept beside it as in training.
 
-    python -m scripts.merged_answers --run runs/lora-seed0 --stage 03-VQAv2 [--questions 500]
+    python -m benchmarks.merged_answers --run runs/lora-seed0 --stage 03-VQAv2 [--questions 500]
 
 Both are held against float32 with the same weights: the base's rounded to bfloat16, LoRA's as trained.
 
