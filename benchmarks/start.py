@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 PROBE = """
 import gc, json, sys, time
 from pathlib import Path
-from llaca import ranks, train
+from llaca import ranks
 from llaca.config import load_recipe
 from llaca.methods import method_of
 from llaca.stream import stages_of
@@ -45,14 +45,19 @@ if checked:
     prepare_data(recipe)
     told = {"seconds": time.perf_counter() - start}
 else:
+    try:
+        from llaca.records import load_stream, stage_datasets, stage_wordings
+        from llaca.student import Student
+    except ImportError:  # versions of before
+        from llaca.train import Student, load_stream, stage_datasets, stage_wordings
     model, processor = load_base(recipe.model.base)
-    student = train.Student(model, processor, {}, None)
+    student = Student(model, processor, {}, None)
     stages = stages_of(recipe, False, Path("."))
     gc.collect()
     before, start = memory("RssAnon"), time.perf_counter()
-    records = train.load_stream(recipe)
-    train.stage_wordings(recipe, stages, records)
-    datasets = train.stage_datasets(recipe, stages, records, student)
+    records = load_stream(recipe)
+    stage_wordings(recipe, stages, records)
+    datasets = stage_datasets(recipe, stages, records, student)
     told = {"seconds": time.perf_counter() - start}
     items = [dataset[i] for dataset in datasets.values() for i in (0, len(dataset) - 1)]
     gc.collect()

@@ -17,7 +17,7 @@ from llava.dataset import InstructionDataset
 from llava.model import image_tokens, open_processor
 
 if TYPE_CHECKING:
-    from llaca.train import Student
+    from llaca.student import Student
 
 
 @dataclass

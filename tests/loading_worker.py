@@ -23,7 +23,7 @@ from llaca import ranks
 from llaca.config import load_recipe
 from llaca.methods import method_of
 from llaca.records import TaskRecords
-from llaca.train import load_student
+from llaca.student import load_student
 
 LINE = ["--method", "llaca", "--dtype", "bfloat16", "--lora_rank", "16", "--reuse-vision-features", "false"]
 

@@ -18,7 +18,8 @@ from test_llaca_train import adapters, arguments, mini  # noqa: F401
 
 from data.benchmark import image_root
 from eval.report import main as report
-from llaca import folders, train
+from llaca import folders
+from llaca import run as run_module
 from llaca.callbacks import latest, truncate_log
 from llaca.config import load_recipe
 from llaca.folders import checksums, handed_on
@@ -76,7 +77,7 @@ def test_a_kill_at_the_end_of_a_stage_loses_nothing_that_is_whole(arguments, mon
     one = [*TWO[:-4], "GQA", "--save-steps", "1"]
     whole = run(load_recipe([*arguments[:-1], "whole", *one]))
     line = [*arguments, *one]
-    folder = killed_in(monkeypatch, line, train if where == "seal" else folders, where)
+    folder = killed_in(monkeypatch, line, run_module if where == "seal" else folders, where)
     stage, partial = folder / "stages/01-GQA", folder / "stages/01-GQA.partial"
     assert stage.is_dir() == (where == "tidy") != partial.is_dir()
     found = stage if where == "tidy" else partial

@@ -16,11 +16,12 @@ from eval.predict import open_run
 from llaca.config import load_recipe
 from llaca.engine import Layout, Piece
 from llaca.fisher import diagonal_fisher
+from llaca.folders import handed_on
 from llaca.launch import commands
 from llaca.methods import METHODS
 from llaca.methods.base import StageView
 from llaca.methods.merging import merge
-from llaca.train import handed_on, run
+from llaca.train import run
 from llava.dataset import InstructionDataset
 from llava.model import attach_lora, trainable_parameters
 from llava.trainer import answer_loss, supervised_logits

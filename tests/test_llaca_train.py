@@ -248,9 +248,9 @@ def test_two_processes_under_zero_2_killed_and_started_again(arguments, tmp_path
 
 WATCH = """
 import sys, weakref
-from llaca import train
+from llaca import run
 from llaca.config import load_recipe
-load, seen = train.load_student, []
+load, seen = run.load_student, []
 def watched(*given):
     alive = [reference for reference in seen if reference() is not None]
     assert not alive, f"{len(alive)} of {len(seen)} weights of the stages before are still in memory"
@@ -259,8 +259,8 @@ def watched(*given):
     assert {hasattr(p, "ds_id") for p in frozen} == {given[0].run.zero == "3"}, "loaded in shards, every time"
     seen.extend(weakref.ref(parameter) for parameter in student.model.parameters())
     return student
-train.load_student = watched
-train.run(load_recipe(sys.argv[1:]))
+run.load_student = watched
+run.Run(load_recipe(sys.argv[1:])).train()
 print(f"watched {len(seen)}")
 """
 
@@ -302,7 +302,7 @@ def test_a_run_that_goes_on_at_another_commit_tells_both(arguments, tmp_path, mo
     folder = run(load_recipe([*arguments, "--method", "lora"]))
     (folder / "stages" / "03-GQA" / "DONE").unlink()
     here = environment()
-    monkeypatch.setattr("llaca.train.environment", lambda: here | {"commit": "later"})
+    monkeypatch.setattr("llaca.run.environment", lambda: here | {"commit": "later"})
     run(load_recipe([*arguments, "--method", "lora"]))
     report(["--runs-dir", str(tmp_path / "runs")])
     assert pd.read_csv(tmp_path / "runs/tables/runs.csv")["commit"][0] == f"{here['commit']} later"
