@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from llaca import ranks
-from llaca.engine import coming_gradients, layout_of, show_model, zero_stage
+from llaca.engines import engine_of
 from llaca.folders import sync_tree, write_durably
 from llaca.stream import write_atomically
 from llava.model import trainable_parameters
@@ -58,10 +58,11 @@ class Tap(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
-        self.layout, self.stage = layout_of(trainer), zero_stage(trainer)
-        if self.stage == 0 and self.seen == "unclipped" and args.max_grad_norm > 0:
+        self.engine = engine_of(trainer)
+        self.layout = self.engine.layout()
+        if not self.engine.tells_norm and self.seen == "unclipped" and args.max_grad_norm > 0:
             raise ValueError("ZeRO 0 clips without telling by how much; use DDP, which is the same computation")
-        if self.stage is not None and (norm := trainer.model_wrapped.gradient_clipping()) != args.max_grad_norm:
+        if (norm := self.engine.clips_at()) != args.max_grad_norm:
             raise ValueError(
                 f"DeepSpeed clips gradients at {norm}, the recipe's max_grad_norm is {args.max_grad_norm}: write "
                 '"gradient_clipping": "auto" into its configuration; without the key DeepSpeed clips at 1.0'
@@ -75,7 +76,7 @@ class Tap(TrainerCallback):
             self.layout.write(self.start)
             self.start = None
         self.method.before_task(self.layout.shards(), self.matched, self.steps)
-        optimizer = trainer.optimizer.optimizer if self.stage is None else trainer.model_wrapped.basic_optimizer
+        optimizer = self.engine.optimizer()
         self._handles = [optimizer.register_step_pre_hook(self._before)]
         if self.method.watches:
             self._handles.append(optimizer.register_step_post_hook(self._after))
@@ -86,9 +87,9 @@ class Tap(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         now = state.global_step
         if self.method.watches and self._shown != 1:
-            if not (self.stage and self.trainer.model_wrapped.optimizer.overflow):
+            if not self.engine.skipped():
                 raise RuntimeError(f"the method saw {self._shown} optimizer steps instead of one: {self._state(now)}")
-            if not self.trainer.model_wrapped.fp16_enabled():
+            if not self.engine.scales_loss():
                 raise FloatingPointError(f"non-finite gradient of {self._not_finite()}: {self._state(now)}")
         self._shown = 0
         self._reached.clear()
@@ -103,7 +104,7 @@ class Tap(TrainerCallback):
         # those of later micro-batches: only the backward pass knows. And ZeRO forgets a gradient that it does not step
         # on. A sum tells whether all elements are finite, at the price of reading them once.
         self._reached[name] += 1
-        if self.stage and self.method.watches:
+        if self.engine.forgets_gradients and self.method.watches:
             seen = parameter.grad.sum(dtype=torch.float32)
             self._sums[name] = self._sums[name] + seen if name in self._sums else seen
 
@@ -128,7 +129,7 @@ class Tap(TrainerCallback):
             )
         method = self.method
         if method.watches and method.edits_gradients and not self._stepped:  # the first call of this step
-            method.after_backward(coming_gradients(self.trainer, self.layout))
+            method.after_backward(self.engine.coming_gradients(self.layout))
 
     def _after(self, optimizer, args, kwargs) -> None:
         self._stepped |= {id(tensor): tensor.grad for group in optimizer.param_groups for tensor in group["params"]}
@@ -141,12 +142,11 @@ class Tap(TrainerCallback):
         self._shown += 1
         self.method.after_step(shards)
         if self.method.edits_weights:
-            show_model(self.trainer, self.layout)
+            self.engine.show(self.layout)
 
     def _clipped_by(self) -> Tensor:
-        trainer = self.trainer
-        norm = trainer.grad_norm if self.stage is None else trainer.model_wrapped.optimizer._global_grad_norm
-        return ((torch.as_tensor(norm) + 1e-6) / trainer.args.max_grad_norm).clamp(min=1.0)
+        norm = torch.as_tensor(self.engine.norm())
+        return ((norm + 1e-6) / self.trainer.args.max_grad_norm).clamp(min=1.0)
 
     def _state(self, step: int) -> str:
         args = self.trainer.args

@@ -209,7 +209,7 @@ def plan(recipe: Recipe, gpus: int, tokens: int, device: str = "cuda") -> dict[s
 
 
 def loading(recipe: Recipe, gpus: int) -> dict[str, Loading]:
-    """Engine -> the peak while the base is loaded on one of `gpus` GPUs (llava/model.py, llaca/engine.py)."""
+    """Engine -> the peak while the base is loaded on one of `gpus` GPUs (llava/model.py, llaca/engines/)."""
     model = blank_model(recipe)
     trained = 4 * sum(p.numel() for p in trainable_parameters(model).values())
     base = base_bytes(model, recipe.model.quantization)

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from llaca import ranks
 from llaca.config import TrainConfig
-from llaca.engine import cast_for_engine, deepspeed_file, release, shards_weights
+from llaca.engines.deepspeed import cast_for_engine
+from llaca.engines.zero import deepspeed_file, shards_weights
 from llaca.folders import MEMORY, TRAINER, handed_on, load_start, partial_of
 from llaca.methods.base import StageView
 from llaca.pool import Choice
@@ -72,7 +73,7 @@ class StageTraining:
         averaged, report = self.method.after_task(shards, self.folder)
         self._write(tap.layout.gather(shards.parameters), None if averaged is None else tap.layout.gather(averaged))
         if self.recipe.run.zero != "none":
-            release(trainer)
+            tap.engine.release()
         return {
             "stage": self.stage.name,
             "tasks": list(self.stage.tasks),

@@ -33,7 +33,7 @@ from data.cache import NO_LOCKS
 from data.checksums import checksum
 from llaca import machine
 from llaca.config import Recipe
-from llaca.engine import deepspeed_file
+from llaca.engines.zero import deepspeed_file
 
 BASE_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
 NO_MATTER = ("runs_dir", "report_to", "loader_workers", "expected_minutes", "save_steps", "beta_trace")  # to the result

@@ -8,7 +8,8 @@ import torch
 
 from data.benchmark import image_root
 from llaca.config import Recipe
-from llaca.engine import sharded_loading, shards_weights, whole
+from llaca.engines.deepspeed import sharded_loading, whole
+from llaca.engines.zero import shards_weights
 from llaca.methods.base import Method
 from llaca.records import TaskRecords
 from llava.features import FeatureCache, stored_features, use_features

@@ -39,7 +39,7 @@ def load_base(
     `nf4`, whose scales `nf4-double` quantises once more; the rest keeps `dtype`, in which they are multiplied.
     The weights go tensor by tensor from the file to `device`, so the host never holds a copy of a model for a GPU. On
     `meta` nothing is read but the files' headers: names and shapes are checked. Where transformers is told of ZeRO 3
-    (llaca/engine.py) every rank keeps 1/N of each tensor.
+    (llaca/engines/) every rank keeps 1/N of each tensor.
     Raises FileNotFoundError or ValueError naming the folder if it is not such a folder or does not fit together.
     """
     path = Path(path)

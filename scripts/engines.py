@@ -41,7 +41,7 @@ ENGINES = {  # name -> processes, flags of llaca.train
     "ZeRO 3 offload x2": (2, ["--batch-size", "4", "--zero", "3-offload"]),
 }
 COMMON = ["--grouping", "false", "--tasks", "GQA", "VQAv2", "--max-train-samples", "96", "--epochs", "1"]
-COMMON += ["--loss-normalisation", "global", "--beta-trace", "full", "--logging-steps", "5"]
+COMMON += ["--loss-normalisation", "global", "--logging-steps", "5"]
 
 
 def train(work: Path, engine: str, rules: list[str]) -> None:
@@ -80,7 +80,9 @@ def work_on(work: Path, engine: str, rules: list[str]) -> None:
         setattr(dist, name, counted(getattr(dist, name)))
     counts = {}
     for rule in ["lora", *rules]:
-        method = ["--method", "lora"] if rule == "lora" else ["--method", "llaca", "--average", rule]
+        method = (
+            ["--method", "lora"] if rule == "lora" else ["--method", "llaca", "--average", rule, "--beta-trace", "full"]
+        )
         calls = 0
         run(
             load_recipe(

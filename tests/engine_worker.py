@@ -17,7 +17,7 @@ from data.records import load_samples
 from llaca import ranks
 from llaca.callbacks import Tap
 from llaca.config import load_recipe
-from llaca.engine import cast_for_engine, sharded_loading
+from llaca.engines.deepspeed import cast_for_engine, sharded_loading
 from llaca.methods.base import Method
 from llaca.methods.llaca import LLaCA
 from llava.dataset import InstructionDataset

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from llaca.callbacks import Tap
-from llaca.engine import Layout, Piece
+from llaca.engines.deepspeed import DeepSpeed
+from llaca.engines.shards import Layout, Piece
 
 ROOT = Path(__file__).parents[1]
 
@@ -140,11 +141,15 @@ def test_bfloat16_trains_alike_under_ddp_and_zero_2_and_is_refused_at_zero_0(tin
     ],
 )
 def test_a_step_that_the_engine_skipped_is_told_from_one_that_was_missed(shown, overflow, fp16, error):
-    engine = SimpleNamespace(optimizer=SimpleNamespace(overflow=overflow), fp16_enabled=lambda: fp16)
+    engine = SimpleNamespace(
+        optimizer=SimpleNamespace(overflow=overflow),
+        fp16_enabled=lambda: fp16,
+        zero_optimization_stage=lambda: 2,
+    )
     args = SimpleNamespace(process_index=0, world_size=1, gradient_accumulation_steps=1)
     tap = Tap(SimpleNamespace(watches=True), True, 1, None, "clipped")
     tap.trainer = SimpleNamespace(model_wrapped=engine, args=args)
-    tap.stage, tap._shown = 2, shown
+    tap.engine, tap._shown = DeepSpeed(tap.trainer), shown
     tap.layout = SimpleNamespace(engine="test", names=["a", "b"])
     tap._sums = {"a": torch.tensor(1.0), "b": torch.tensor(float("inf"))}
     with (

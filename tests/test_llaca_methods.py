@@ -14,7 +14,7 @@ from test_llaca_train import TASKS, adapters, arguments, mini  # noqa: F401
 from data.records import load_samples
 from eval.predict import open_run
 from llaca.config import load_recipe
-from llaca.engine import Layout, Piece
+from llaca.engines.shards import Layout, Piece
 from llaca.fisher import diagonal_fisher
 from llaca.folders import handed_on
 from llaca.launch import commands

@@ -15,7 +15,7 @@ from test_llaca_train import adapters, arguments, command, mini  # noqa: F401
 
 from data.records import load_samples
 from llaca.config import load_recipe
-from llaca.engine import Shards
+from llaca.engines.shards import Shards
 from llaca.inputs import input_energies
 from llaca.methods import METHODS
 from llaca.methods.base import StageView

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llaca import ranks
-from llaca.engine import Shards
+from llaca.engines.shards import Shards
 from llaca.methods.base import WHOLE_TENSORS, batches_of
 from llaca.methods.replay import Replay
 from llava.dataset import InstructionDataset

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llaca.engine import Shards
+from llaca.engines.shards import Shards
 from llava.dataset import Collator, InstructionDataset
 from llava.hooks import TrainHooks
 from llava.model import attach_lora, trainable_parameters
@@ -71,7 +71,7 @@ class Method(TrainHooks):
 
     A stage calls recall, extend and before_task; then, for every micro-batch, loss (llava/hooks.py) and, for every
     optimizer step, after_backward and after_step; then after_task and memory. Shards are this rank's part of the
-    trainable tensors (llaca/engine.py). `stage` is the StageView of the stage that is under way.
+    trainable tensors (llaca/engines/). `stage` is the StageView of the stage that is under way.
     """
 
     trains = True  # False: the base model is only evaluated

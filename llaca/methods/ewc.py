@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llaca.engine import Shards
+from llaca.engines.shards import Shards
 from llaca.fields import setting
 from llaca.fisher import diagonal_fisher
 from llaca.methods.base import WHOLE_TENSORS, Method

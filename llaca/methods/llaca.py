@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llaca import ranks
 from llaca.ema import DynamicAverage, Trace
-from llaca.engine import Shards
+from llaca.engines.shards import Shards
 from llaca.fields import setting
 from llaca.methods.base import Method
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import kl_div, log_softmax
 
-from llaca.engine import Shards
+from llaca.engines.shards import Shards
 from llaca.fields import setting
 from llaca.methods.base import WHOLE_TENSORS, Method
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llaca.engine import Shards
+from llaca.engines.shards import Shards
 from llaca.fields import setting
 from llaca.inputs import input_energies, passes
 from llaca.methods.base import WHOLE_TENSORS

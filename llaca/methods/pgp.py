@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llaca import ranks
-from llaca.engine import Layout, Piece, Shards
+from llaca.engines.shards import Layout, Piece, Shards
 from llaca.fields import setting
 from llaca.inputs import exact_products, input_energies, passes, width
 from llaca.methods.base import WHOLE_TENSORS, Method

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llaca.engine import Shards
+from llaca.engines.shards import Shards
 from llaca.fields import setting
 from llaca.methods.base import Method
 from llava.dataset import InstructionDataset
