@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval.predict import Answerer, Run, open_run
+from eval.predict import Answerer, EvaluatedRun, open_run
 from eval.tasks import task_of
 from llaca.methods import METHODS
 from llava.generate import answer_batches
@@ -52,7 +52,7 @@ def share_of(layer: nn.Module) -> Tensor:
     return layer.get_delta_weight("default").norm() / layer.get_base_layer().weight.float().norm()
 
 
-def answers(run: Run, stage: str, questions: int, batch_size: int) -> float:
+def answers(run: EvaluatedRun, stage: str, questions: int, batch_size: int) -> float:
     """Prints the first table; returns the size of the stage's LoRA."""
     answerer = Answerer(run)
     config = replace(run.recipe.model, lora_dropout=0.0)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -37,7 +38,11 @@ def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
 
     Whom the umask lets read a file may read it, also one of safetensors, which makes its files for their owner alone.
     """
-    new = writable(path.parent) / f"{path.name}.{uuid4().hex}.partial"
+    draft = (
+        writable(path.parent) / f"{path.name}.{uuid4().hex}.partial"
+    )  # for what a writer leaves beside its file, too
+    draft.mkdir()
+    new = draft / path.name
     try:
         new.touch()
         readable = new.stat().st_mode
@@ -45,7 +50,7 @@ def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
         new.chmod(readable)
         os.replace(new, path)
     finally:
-        new.unlink(missing_ok=True)
+        shutil.rmtree(draft)
 
 
 def make_once(
@@ -64,7 +69,7 @@ def make_once(
                 with _lock(file, patience):
                     if not is_whole(file):
                         for left in file.parent.glob(f"{file.name}.*.partial"):  # of processes that were killed
-                            left.unlink(missing_ok=True)
+                            shutil.rmtree(left, ignore_errors=True)
                         replace_whole(file, partial(make, file))
             except Timeout:
                 continue

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pandas as pd
 
-from eval.predict import Run
+from eval.predict import EvaluatedRun
 from eval.score import Majority
 
 
-def facts(methods: dict[str, list[Run]], metrics: dict[str, dict]) -> pd.DataFrame:
+def facts(methods: dict[str, list[EvaluatedRun]], metrics: dict[str, dict]) -> pd.DataFrame:
     """What lies behind a table, a row per run: commit, cost of training, figures, and how often beta fell back.
 
     Seconds per step are of the stages' whole time, what a method does after its last step included. A run that was
@@ -45,7 +45,7 @@ def facts(methods: dict[str, list[Run]], metrics: dict[str, dict]) -> pd.DataFra
     return pd.DataFrame(rows).astype(kinds)
 
 
-def stories(run: Run) -> list[dict]:
+def stories(run: EvaluatedRun) -> list[dict]:
     """What stage.json tells of every stage."""
     return [json.loads((stage.folder / "stage.json").read_text(encoding="utf-8")) for stage in run.stages]
 
@@ -122,7 +122,7 @@ def majority_notes(found: dict[str, Majority]) -> list[str]:
     return notes
 
 
-def format_notes(methods: dict[str, list[Run]], metrics: dict[str, dict]) -> list[str]:
+def format_notes(methods: dict[str, list[EvaluatedRun]], metrics: dict[str, dict]) -> list[str]:
     """Of each method the share of answers in the form that their task asks for, where it is not all of them: what is
     lost there may be the form of an answer, not its content. And the records and questions that were left out."""
     notes = []

@@ -46,7 +46,7 @@ Row = tuple[str, dict[str, str]]  # (stage, {task: stage whose parameters answer
 
 
 @dataclass
-class Run:
+class EvaluatedRun:
     """A run folder as evaluation sees it: only stages that are DONE. `cells` is one of CELLS:
 
     final: the last row; diagonal: that and each task right after its own stage; triangle: every stage and the tasks
@@ -124,20 +124,20 @@ def _share(asked: Questions, rank: int, world: int) -> list[int]:
     return share_of(asked.shown, rank, world)
 
 
-def open_run(folder: Path, split: str = "test", cells: str = "triangle") -> Run:
+def open_run(folder: Path, split: str = "test", cells: str = "triangle") -> EvaluatedRun:
     """Reads a run folder; of its stages those that are DONE. Raises FileNotFoundError where there is no run."""
     if not (folder / "recipe.yaml").is_file():
         raise FileNotFoundError(f"{folder}: no recipe.yaml, so no run; train one with train_continual.sh")
     recipe = Recipe.from_flat(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
     method = METHODS[recipe.method.method]
     stages = [stage for stage in stages_of(recipe, method.joint, folder) if stage.done] if method.trains else []
-    return Run(folder, recipe, stages, split, cells)
+    return EvaluatedRun(folder, recipe, stages, split, cells)
 
 
 class Answerer:
     """The base model, the features of the test pictures and the tokens of the questions, for runs that share them."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: EvaluatedRun):
         config = run.recipe.model
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, config.dtype)
@@ -150,11 +150,11 @@ class Answerer:
             use_features(self.base)
 
     @staticmethod
-    def key_of(run: Run) -> str:
+    def key_of(run: EvaluatedRun) -> str:
         """Runs with the same key can share an Answerer."""
         return json.dumps([asdict(run.recipe.model), asdict(run.recipe.stream), run.split])
 
-    def model(self, run: Run, holder: str) -> torch.nn.Module:
+    def model(self, run: EvaluatedRun, holder: str) -> torch.nn.Module:
         """The base, or a copy of it with a stage's adapter, merged where that can be done."""
         if holder == BASE:
             return self.base
@@ -165,7 +165,7 @@ class Answerer:
         return model.merge_and_unload() if method.mergeable and config.quantization == "none" else model
 
 
-def answer_share(runs: Sequence[Run], rank: int, world: int, batch_size: int | None = None) -> None:
+def answer_share(runs: Sequence[EvaluatedRun], rank: int, world: int, batch_size: int | None = None) -> None:
     """Answers what is missing of one of `world` shares, into parts of the answer files. A share is the questions about
     some of the pictures.
 
@@ -192,7 +192,7 @@ def answer_share(runs: Sequence[Run], rank: int, world: int, batch_size: int | N
                 _answer_cell(answerer, model, run, part, task, todo, batch_size, bar)
 
 
-def _todo(run: Run, holder: str, task: str, rank: int, world: int) -> list[int]:
+def _todo(run: EvaluatedRun, holder: str, task: str, rank: int, world: int) -> list[int]:
     """The numbers of the questions in a share that have no answer in any part."""
     asked = run.questions[task]
     done = {str(row["question_id"]) for _, rows in _parts(run.answer_file(holder, task)) for row in rows}
@@ -218,7 +218,14 @@ def share_of(images: Sequence[Hashable | None], rank: int, world: int) -> list[i
 
 
 def _answer_cell(
-    answerer: Answerer, model, run: Run, part: Path, task: str, todo: list[int], batch_size: int | None, bar: tqdm
+    answerer: Answerer,
+    model,
+    run: EvaluatedRun,
+    part: Path,
+    task: str,
+    todo: list[int],
+    batch_size: int | None,
+    bar: tqdm,
 ) -> None:
     asked, stream = run.questions[task], run.recipe.stream
     batches = answer_batches(
@@ -261,7 +268,7 @@ def _cut_to_whole_lines(part: Path) -> None:
         os.truncate(part, content.rfind(b"\n") + 1)
 
 
-def merge_parts(runs: Sequence[Run]) -> None:
+def merge_parts(runs: Sequence[EvaluatedRun]) -> None:
     """Puts the missing answer files together, in the order of the questions.
 
     Raises ValueError if a question has no answer in the parts, or two: nothing is written or removed then.
@@ -297,7 +304,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help=batch)
 
 
-def chosen_runs(options: argparse.Namespace) -> list[Run]:
+def chosen_runs(options: argparse.Namespace) -> list[EvaluatedRun]:
     """The runs that the flags name. Raises FileNotFoundError if there is none."""
     names = options.run or sorted(p.parent.name for p in options.runs_dir.glob("*/recipe.yaml"))
     if not names:

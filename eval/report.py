@@ -30,7 +30,7 @@ from eval.figures import (
     beta_over_steps,
 )
 from eval.metrics import forward_transfer
-from eval.predict import BASE, Run, answer_share, arguments, chosen_runs, merge_parts
+from eval.predict import BASE, EvaluatedRun, answer_share, arguments, chosen_runs, merge_parts
 from eval.score import TaskScore, majority_score, read_answers, score_task
 from eval.tables import Table, method_row, read_matrix, results_table, write_matrix, write_metrics
 from eval.tasks import MODES
@@ -41,14 +41,14 @@ LINES = 10  # that a figure can tell apart
 FORMATS = {"txt": Table.text, "md": Table.markdown, "csv": Table.csv, "tex": Table.latex}
 
 
-def output_folder(run: Run) -> Path:
+def output_folder(run: EvaluatedRun) -> Path:
     """Where a run's figures go: the run folder, or a folder in it for another split than the test sets and another
     scoring than the official one."""
     own = [name for name, usual in ((run.split, "test"), (run.scoring, "official")) if name != usual]
     return run.folder.joinpath(*own)
 
 
-def score_run(run: Run) -> dict:
+def score_run(run: EvaluatedRun) -> dict:
     """Scores every cell and writes the run's files; returns its metrics, of the accuracies by `run.scoring`, and, as
     "format", the percentage of answers in the form that the task asks for, by task after the last stage, and, as
     "left_out", the number of each task's questions that cannot be scored.
@@ -109,7 +109,7 @@ def score_run(run: Run) -> dict:
     return metrics | told | {"left_out": {task: score.left_out for task, score in last.items()}}
 
 
-def method_label(run: Run) -> str:
+def method_label(run: EvaluatedRun) -> str:
     """What a table calls the run's method: its name, the rule of its average, grouping, and what else was chosen."""
     method, own = run.recipe.method, asdict(run.recipe.settings)
     own.pop("beta_trace", None)  # changes no result
@@ -121,12 +121,12 @@ def method_label(run: Run) -> str:
     return method.method + (f" ({rule})" if rule else "") + (" + grouping" if method.grouping else "")
 
 
-def learning_rates(run: Run) -> str:
+def learning_rates(run: EvaluatedRun) -> str:
     """Those of LoRA and of the projector."""
     return f"{run.recipe.train.learning_rate:g} and {run.recipe.train.projector_learning_rate:g}"
 
 
-def by_method(runs: list[Run]) -> dict[str, list[Run]]:
+def by_method(runs: list[EvaluatedRun]) -> dict[str, list[EvaluatedRun]]:
     """The runs of each row of a table: seeds of one method with the same settings and learning rates."""
     methods, rates = defaultdict(list), defaultdict(set)
     for run in runs:
@@ -140,13 +140,13 @@ def by_method(runs: list[Run]) -> dict[str, list[Run]]:
     return methods
 
 
-def comparable(run: Run) -> tuple:
+def comparable(run: EvaluatedRun) -> tuple:
     """Runs with the same key stand in one table; the learning rates may be a method's own."""
     train = replace(run.recipe.train, learning_rate=0, projector_learning_rate=0)
     return tuple(map(str, (run.recipe.stream, run.recipe.model, train, run.split)))
 
 
-def summary(runs: list[Run], metrics: dict[str, dict], out: Path, paper: bool = False) -> str:
+def summary(runs: list[EvaluatedRun], metrics: dict[str, dict], out: Path, paper: bool = False) -> str:
     """The table over comparable runs, seeds taken together; files and figures into `out`."""
     methods = by_method(runs)
     rows = [method_row(label, [metrics[run.name] for run in members]) for label, members in methods.items()]
@@ -160,7 +160,7 @@ def summary(runs: list[Run], metrics: dict[str, dict], out: Path, paper: bool = 
     return table.text()
 
 
-def baseline(run: Run) -> tuple[dict[str, float], list[str]]:
+def baseline(run: EvaluatedRun) -> tuple[dict[str, float], list[str]]:
     """The question-only majority baseline of every task, in percent, on the run's test sets and by its scoring, and
     the lines under a table on what it left out."""
     stream = run.recipe.stream
@@ -170,7 +170,7 @@ def baseline(run: Run) -> tuple[dict[str, float], list[str]]:
     return {task: accuracy for task, (accuracy, _) in found.items()}, majority_notes(left_out)
 
 
-def write_table(table: Table, behind: pd.DataFrame, runs: list[Run], out: Path) -> None:
+def write_table(table: Table, behind: pd.DataFrame, runs: list[EvaluatedRun], out: Path) -> None:
     """table.{txt,md,csv,tex}, and what lies behind it: runs.csv (`facts`) and matrices.csv, every cell of every run."""
     out.mkdir(parents=True, exist_ok=True)
     for suffix, render in FORMATS.items():
@@ -185,7 +185,7 @@ def write_table(table: Table, behind: pd.DataFrame, runs: list[Run], out: Path) 
     frame.to_csv(out / "matrices.csv", index=False, float_format="%.10g")
 
 
-def draw(methods: dict[str, list[Run]], metrics: dict[str, dict], out: Path) -> None:
+def draw(methods: dict[str, list[EvaluatedRun]], metrics: dict[str, dict], out: Path) -> None:
     """The figures over methods: every matrix (mean over seeds), accuracy over the stages (if the lines can be told
     apart), Avg.ACC against Forgetting, and beta over the steps of the first run of each method whose beta moves."""
     lines, points, betas = {}, {}, {}
@@ -206,7 +206,7 @@ def draw(methods: dict[str, list[Run]], metrics: dict[str, dict], out: Path) -> 
         beta_over_steps(betas, out / "beta_over_steps.png")
 
 
-def beta_traces(run: Run) -> list[tuple[str, int, pd.DataFrame | None]]:
+def beta_traces(run: EvaluatedRun) -> list[tuple[str, int, pd.DataFrame | None]]:
     """(task, optimizer steps, beta.csv) of every stage, as `beta_over_steps` takes them."""
     found = []
     for stage, story in zip(run.stages, stories(run), strict=True):
@@ -240,7 +240,7 @@ def main(given: list[str] | None = None) -> None:
         sys.exit(f"eval.report: {error}\n(LLACA_TRACEBACK=1 shows where)")
 
 
-def answer(runs: list[Run], options: argparse.Namespace) -> None:
+def answer(runs: list[EvaluatedRun], options: argparse.Namespace) -> None:
     """Fills the answer files that are missing, with several processes where there is work for them."""
     cells = [(run, task) for run in runs for _, task in run.missing()]
     questions = sum(len(run.questions[task]) for run, task in cells)
@@ -278,7 +278,7 @@ def report(options: argparse.Namespace) -> None:
     answer(runs, options)
     for run in runs:
         metrics[run.name] = score_run(run)
-    tables: dict[tuple, list[Run]] = defaultdict(list)
+    tables: dict[tuple, list[EvaluatedRun]] = defaultdict(list)
     for run in runs:
         if run.complete:
             tables[comparable(run)].append(run)

@@ -76,7 +76,7 @@ class Match(NamedTuple):
     scores: list[float]
 
 
-class Choice(NamedTuple):
+class Answering(NamedTuple):
     """The group a test set is answered with; `matched` is False if none reached the threshold."""
 
     index: int
@@ -117,7 +117,7 @@ class Codebook:
             return float(np.mean(next(rows)))
         return float(sum(row.sum() for row in rows) / (len(instructions) * len(group)))
 
-    def choose(self, instructions: Sequence[str]) -> Choice:
+    def choose(self, instructions: Sequence[str]) -> Answering:
         """The group for a test set: below the threshold the most similar one, where the release takes the last.
 
         Raises ValueError if there is no group yet.
@@ -126,8 +126,8 @@ class Codebook:
             raise ValueError("the codebook is empty: no parameter set to choose from")
         index, scores = self.match(instructions)
         if index is not None:
-            return Choice(index, True, scores)
-        return Choice(int(np.argmax(scores)), False, scores)
+            return Answering(index, True, scores)
+        return Answering(int(np.argmax(scores)), False, scores)
 
     def add(self, index: int | None, instructions: Sequence[str]) -> int:
         """Let the group take in the instructions it has not seen; None founds a group. Returns the index.

@@ -122,6 +122,12 @@ def wait() -> None:
     PartialState().wait_for_everyone()
 
 
+def leave() -> None:
+    """Ends the processes' group, when all of them are done: one that just exits may abort in a thread of it."""
+    wait()
+    PartialState().destroy_process_group()
+
+
 def same(value):
     """The first process's value, on every one: what it has just written another host may not see at once."""
     if count() == 1:

@@ -1,6 +1,7 @@
 """One stage in training: from the parameters that it starts with to the files that it leaves."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,6 +124,8 @@ class StageTraining:
     def _write(self, trained: dict[str, Tensor], averaged: dict[str, Tensor] | None) -> None:
         if not ranks.first():
             return
+        for name in ("adapter", "plain"):  # safetensors writes beside a file first: what a killed process left goes
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         save_adapter(self.student.model, self.folder / "adapter", trained if averaged is None else averaged)
         if averaged is not None:
             save_adapter(self.student.model, self.folder / "plain", trained)

@@ -156,7 +156,7 @@ def frozen(folder: Path) -> dict:
         raise ValueError(f"{folder / 'recipe.yaml'}: not YAML ({error}); put it back, or delete {folder}") from None
 
 
-def open_run(recipe: Recipe) -> Path:
+def freeze_run(recipe: Recipe) -> Path:
     """The run's folder, with the recipe and the inputs' checksums frozen in it. Raises as `check_run` does.
 
     Call it when nothing can refuse the run any more.
@@ -178,7 +178,7 @@ def open_run(recipe: Recipe) -> Path:
 
 @contextmanager
 def reserved(recipe: Recipe) -> Iterator[Callable[[], Path]]:
-    """Holds the run's folder, if it is there, and gives what freezes the recipe: `open_run`, in a folder that is held.
+    """Holds the run's folder, if it is there, and gives what freezes the recipe: `freeze_run`, in a held folder.
 
     Nothing is made or written before that is called. Raises as `check_run` and `only_one` do.
     """
@@ -193,7 +193,7 @@ def reserved(recipe: Recipe) -> Iterator[Callable[[], Path]]:
             if not there:
                 folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(only_one(folder))
-            return open_run(recipe)
+            return freeze_run(recipe)
 
         yield freeze
 

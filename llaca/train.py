@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from llaca import hosts
+from llaca import hosts, ranks
 from llaca.config import Recipe, help_of, load_recipe
 from llaca.methods import METHODS
 from llaca.run import Run
@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         recipe = load_recipe(arguments)
         folder = run(recipe)
+        ranks.leave()
     except (ValueError, OSError) as error:
         if os.environ.get("LLACA_TRACEBACK"):
             raise

@@ -23,7 +23,7 @@ import pandas as pd
 import yaml
 
 from eval.facts import costs, differences, facts, fallback_notes, format_notes, scoring_notes
-from eval.predict import Run, open_run
+from eval.predict import EvaluatedRun, open_run
 from eval.report import answer, baseline, draw, score_run, write_table
 from eval.tables import ALL_METRICS, Row, method_row, results_table
 from eval.tasks import MODES
@@ -118,7 +118,9 @@ def reproduce(name: str, options: argparse.Namespace, more: list[str]) -> str:
     return table(study, runs, options, time.monotonic() - start)
 
 
-def table(study: dict[str, Any], runs: dict[str, list[Run]], options: argparse.Namespace, seconds: float) -> str:
+def table(
+    study: dict[str, Any], runs: dict[str, list[EvaluatedRun]], options: argparse.Namespace, seconds: float
+) -> str:
     """Scores the runs and writes the table, the runs' facts and the figures; returns the table as text."""
     every = [run for own in runs.values() for run in own]
     answer(every, options)

@@ -167,8 +167,10 @@ def test_a_folder_that_may_not_be_listed_and_a_link_into_nowhere(own, files, tin
     root, train, _ = files
     vocabulary = Vocabulary.of(tiny[1].tokenizer)
 
-    def refuse(folder):
-        raise PermissionError(13, "Permission denied", folder)
+    def refuse(folder, listed=os.scandir):
+        if folder == root:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module.os, "scandir", refuse)
@@ -266,8 +268,8 @@ def test_a_file_system_without_locks_is_no_hindrance(own, monkeypatch, number):
 
 
 def test_what_killed_processes_left_goes_and_all_may_read_what_is_made(own):
-    own.mkdir()
-    (own / "a.txt.0123.partial").write_text("half")
+    (own / "a.txt.0123.partial").mkdir(parents=True)
+    (own / "a.txt.0123.partial" / ".tmpV0XIBR").write_text("half")
     make_once([own / "a.txt"], lambda _, new: save_file({"a": torch.ones(1)}, new))
     assert not list(own.glob("*.partial"))
     (own / "plain").touch()

@@ -14,7 +14,7 @@ import pytest
 
 from eval.facts import differences
 from eval.metrics import summarise
-from eval.predict import Run
+from eval.predict import EvaluatedRun
 from eval.report import by_method
 from eval.tables import (
     PAPER_TABLE_1,
@@ -147,7 +147,7 @@ def test_one_seed_has_no_spread():
 
 def test_runs_of_other_learning_rates_are_no_seeds_of_one_method():
     asked = {"a": ["--seed", "0"], "b": ["--seed", "1", "--learning_rate", "5e-4"], "c": ["--seed", "1"]}
-    runs = [Run(Path(n), load_recipe(["--method", "lora", *line]), [], "test") for n, line in asked.items()]
+    runs = [EvaluatedRun(Path(n), load_recipe(["--method", "lora", *line]), [], "test") for n, line in asked.items()]
     assert {label: [run.name for run in own] for label, own in by_method(runs).items()} == {
         "lora (learning rates 0.001 and 0.0002)": ["a", "c"],
         "lora (learning rates 0.0005 and 0.0002)": ["b"],

@@ -264,3 +264,20 @@ def test_variables_that_a_platform_sets_for_one_process_do_not_make_it_look_for_
     line = [sys.executable, "-c", code]
     done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, **preset}, timeout=100)
     assert done.stdout.split() == ["1", "0", "True"], done.stderr
+
+
+def test_what_a_killed_writer_left_beside_its_file_is_no_part_of_the_stage(arguments, tmp_path, monkeypatch):  # noqa: F811
+    """safetensors writes `.tmp...` and renames it."""
+    line = [*arguments, "--method", "lora", "--tasks", "GQA", "--save_steps", "1"]
+
+    def dies(model, path, state):
+        path.mkdir()
+        (path / ".tmpV0XIBR").write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("llaca.stage.save_adapter", dies)
+        run(load_recipe(line))
+    assert list(tmp_path.glob("runs/*/stages/01-GQA.partial/adapter/.tmp*"))
+    folder = run(load_recipe(line))
+    assert not list(folder.glob("stages/*/adapter/.*")) and list(folder.glob("stages/01-GQA/adapter/*.safetensors"))

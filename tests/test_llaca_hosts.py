@@ -175,3 +175,16 @@ def test_a_compilation_that_was_killed_is_not_waited_for(tmp_path):
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and f"{name}_op built" in done.stdout, done.stderr
     assert not (folder / "lock").exists()
+
+
+def test_processes_leave_their_group_at_the_end(arguments, tmp_path):  # noqa: F811
+    """One that just exits may abort in a thread of it, and the whole run counts as failed."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch.distributed as dist\nfrom llaca import ranks, train\n"
+        "ranks.start()\nassert dist.is_initialized()\ntrain.main(sys.argv[1:])\nassert not dist.is_initialized()\n"
+    )
+    line = [*arguments, "--method", "zero_shot"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*start, "--", str(script), *line], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -16,7 +16,7 @@ from test_llaca_train import arguments, mini  # noqa: F401
 
 from llaca import machine, stream
 from llaca.config import load_recipe
-from llaca.stream import check_run, commit, input_files, open_run
+from llaca.stream import check_run, commit, freeze_run, input_files
 from llaca.train import run
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def test_a_base_that_cannot_be_loaded_leaves_nothing(line, tiny_base, tmp_path):
 
 def test_what_was_never_trained_may_be_started_with_another_recipe(line):
     first, other = load_recipe(line), load_recipe([*line, "--learning-rate", "0.5"])
-    folder = open_run(first)
+    folder = freeze_run(first)
     left = folder / "stages" / "01-TextVQA.partial" / "trainer" / "checkpoint-3"
     left.mkdir(parents=True)  # the Trainer was writing it
     check_run(other)
@@ -144,7 +144,7 @@ def test_a_file_that_changed_is_named_with_what_to_do(line, lent, tiny_base, tmp
 def test_deepspeeds_configuration_is_one_of_the_files(line, tmp_path, monkeypatch):
     recipe = load_recipe([*line, "--zero", "2"])
     assert input_files(recipe)["zero2.json"] == ROOT / "scripts/zero2.json"
-    folder = open_run(recipe)
+    folder = freeze_run(recipe)
     (folder / "stages/01-TextVQA").mkdir(parents=True)
     check_run(recipe)
     changed = tmp_path / "zero2.json"

@@ -5,7 +5,7 @@ from pathlib import Path
 from data.benchmark import COIN, Benchmark, open_benchmark
 from data.references import files_of
 from eval.tasks.base import MODES, OpenQuestionTask, Task
-from eval.tasks.choice import Choice
+from eval.tasks.choice import MultipleChoice
 from eval.tasks.gqa import GQA
 from eval.tasks.grounding import Grounding
 from eval.tasks.imagenet import ImageNet
@@ -26,7 +26,7 @@ SCORING: dict[str, type[Task]] = {
     "ocrvqa": OCRVQA,
     # for benchmarks of one's own
     "open": OpenQuestionTask,
-    "choice": Choice,
+    "choice": MultipleChoice,
     "box": Grounding,
 }
 

@@ -21,7 +21,7 @@ _LETTER_FORMS = (
 )
 
 
-class Choice(ChoiceFiles, Task):
+class MultipleChoice(ChoiceFiles, Task):
     """An option letter, as ScienceQA's; `choices`, the options' texts, is optional and lets `lenient` forgive them."""
 
     def official(self, text: str, reference: Options) -> float:

@@ -7,10 +7,10 @@ from typing import Any
 
 from data.references import Options, ScienceQAFiles
 from eval.tasks.base import last_answers_by_id
-from eval.tasks.choice import Choice
+from eval.tasks.choice import MultipleChoice
 
 
-class ScienceQA(ScienceQAFiles, Choice):
+class ScienceQA(ScienceQAFiles, MultipleChoice):
     """An option letter; legacy divides by the whole split."""
 
     legacy_missing = 0.0  # alone among the released evaluators this one counts missing answers as wrong
