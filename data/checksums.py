@@ -9,11 +9,11 @@ of processor time, so about 10 seconds for the 14 GB of a 7B base once they are 
 import hashlib
 import json
 import os
-import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from data.cache import cache_folder
+from data.cache import cache_folder, replace_whole
 
 SETTLED = 2.0  # seconds; some file systems keep the time of a change no finer than that
 _memo: dict[tuple[str, int, int], str] = {}
@@ -65,10 +65,5 @@ def _read(key: tuple[str, int, int]) -> str | None:
 def _write(key: tuple[str, int, int], found: str) -> None:
     entry = _entry(key[0])
     told = json.dumps(dict(zip(("path", "size", "mtime_ns"), key, strict=True)) | {"sha256": found}) + "\n"
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=entry.parent, suffix=".partial", delete=False) as partial:
-            partial.write(told)
-        os.replace(partial.name, entry)
-    except OSError:
-        return
+    with suppress(OSError):
+        replace_whole(entry, lambda new: new.write_text(told, encoding="utf-8"))
