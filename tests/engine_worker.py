@@ -70,7 +70,7 @@ def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) 
     samples = load_samples(data / "train.json", data)  # 10 with a picture, 6 without
     samples = {"text": samples[10:], "turns": samples[:8] + samples[12:]}.get(name, samples)
     dataset = InstructionDataset(samples, processor, 36, 512)
-    method = Weighed(load_recipe(["--method", "llaca", "--average", "eq45"]).method) if weighs else Recorder()
+    method = Weighed(load_recipe(["--method", "llaca", "--average", "eq45"]).settings) if weighs else Recorder()
     if name == "nan":
         poisoned = next(p for path, p in model.named_parameters() if path.endswith(FAULTY))
         poisoned.register_hook(lambda gradient: gradient * float("nan"))

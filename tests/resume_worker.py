@@ -73,7 +73,7 @@ def train(case: str, model, datasets, folder: Path, zero: str | None, stop: int 
         dataset._part, dataset._row = own._part[:records], own._row[:records]
     checkpoint = latest(folder)
     torch.manual_seed(7)
-    method = Watched(load_recipe(["--method", "llaca", "--average", "eq45"]).method)
+    method = Watched(load_recipe(["--method", "llaca", "--average", "eq45"]).settings)
     arguments = training_arguments(
         folder,
         per_device_train_batch_size=2,
