@@ -46,7 +46,7 @@ from data.records import DataError, Fault, Problem, picture_fault, questions_of,
 
 KINDS: dict[str, type[Columns]] = {"train": TrainingColumns, "test": QuestionColumns}
 ALONE = 16 << 20  # bytes of files that this process makes by itself
-LOOKED_AT = 20_000  # pictures that it looks at by itself
+LOOKED_AT = 2_000  # pictures that it looks at by itself
 
 
 class Source(NamedTuple):
@@ -211,7 +211,7 @@ def look(columns: Sequence[Columns], image_root: Path, thorough: bool = False) -
     A picture is decoded once; what was whole is noted with its size and time of change. Each call sees whether every
     picture is there; `thorough` also sees which have changed, and decodes those again.
     """
-    note, found = _Note(image_root), {}
+    note, found, waiting, fresh = _Note(image_root), {}, [], {}
     for one in columns:
         names = set(one.names)
         there = _present(image_root, names)
@@ -221,12 +221,13 @@ def look(columns: Sequence[Columns], image_root: Path, thorough: bool = False) -
         there |= absent.keys() - missing.keys()
         found |= missing
         whole = digest_of_names(one)
-        if whole in note.looked and not thorough:
-            continue
-        fresh = note.unseen(there, thorough)
-        faults = _faults(image_root, fresh, note)
-        found |= faults
-        if missing or faults:
+        if whole not in note.looked or thorough:
+            waiting.append((whole, there, bool(missing)))
+            fresh |= dict.fromkeys(note.unseen(there, thorough))
+    faults = _faults(image_root, list(fresh), note) if fresh else {}
+    found |= faults
+    for whole, there, lacks in waiting:
+        if lacks or not faults.keys().isdisjoint(there):
             note.looked.discard(whole)
         else:
             note.looked.add(whole)
