@@ -4,6 +4,7 @@ They stand in the question file, or in official annotation files beside the pict
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -57,7 +58,7 @@ class References:
         return self
 
 
-class TaskFiles:
+class TaskFiles(ABC):
     """The files of a task, and its references. Subclasses say how a reference is read from a question's record."""
 
     def __init__(self, spec: TaskSpec):
@@ -130,20 +131,20 @@ class TaskFiles:
             return [Problem(0, "annotations", str(error))]
         return [problem for problem in problems if problem.kind == "annotations"]
 
+    @abstractmethod
     def reference_of(self, record: Mapping[str, Any], where: str) -> Any:
         """The reference in a question's record; ValueError, beginning with `where`, for one that cannot be used."""
-        raise NotImplementedError
 
 
 class AnnotatedFiles(TaskFiles):
     """Tasks whose references stand in official annotation files. A question that is never asked counts nowhere."""
 
+    @abstractmethod
     def annotations(self, root: Root, split: str = "test") -> tuple[dict[str, Any], dict[str, str]]:
         """References by question id (as text), in file order, and what is wrong with other entries, by id.
 
         Raises FileNotFoundError or ValueError for a file that cannot be read at all.
         """
-        raise NotImplementedError
 
     def reference_of(self, record: Mapping[str, Any], where: str) -> Any:
         raise ValueError(f"{where}: references of {self.name} stand in its annotation files, not in the record")

@@ -11,7 +11,7 @@ The gap between official and lenient is forgetting of the answer's form, not of 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def printed(share: float) -> float:
     return float(f"{100 * share:.2f}")
 
 
-class Task(TaskFiles, ABC):
+class Task(TaskFiles):
     """One task: subclasses say how an answer is scored against a reference."""
 
     legacy_missing: float | None = None  # most released evaluators do not notice a missing answer
