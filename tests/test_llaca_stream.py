@@ -10,13 +10,15 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from test_llaca_train import arguments, mini  # noqa: F401
 
+from eval.report import main as report
 from llaca import machine, stream
 from llaca.config import load_recipe
-from llaca.stream import check_run, commit, freeze_run, input_files
+from llaca.stream import check_run, commit, environment, freeze_run, input_files
 from llaca.train import run
 
 ROOT = Path(__file__).parents[1]
@@ -239,3 +241,24 @@ def test_the_commit_is_this_projects(monkeypatch, tmp_path):
     (tmp_path / "copy" / "llaca").mkdir(parents=True)
     monkeypatch.setattr("llaca.stream.__file__", str(tmp_path / "copy" / "llaca" / "stream.py"))
     assert commit().startswith("unknown: fatal: not a git repository")
+
+
+def test_a_stage_that_is_trained_again_takes_its_answers_along_and_not_before_later_ones(arguments, tmp_path):  # noqa: F811
+    folder = run(load_recipe([*arguments, "--method", "lora"]))
+    report(["--runs-dir", str(tmp_path / "runs")])
+    (folder / "stages" / "02-TextVQA" / "DONE").unlink()
+    with pytest.raises(ValueError, match=r"03-GQA is done and 02-TextVQA, which comes first, is not"):
+        run(load_recipe([*arguments, "--method", "lora"]))
+    (folder / "stages" / "03-GQA" / "DONE").unlink()
+    run(load_recipe([*arguments, "--method", "lora"]))
+    assert [path.name for path in (folder / "answers").iterdir()] == ["01-ScienceQA"]
+
+
+def test_a_run_that_goes_on_at_another_commit_tells_both(arguments, tmp_path, monkeypatch):  # noqa: F811
+    folder = run(load_recipe([*arguments, "--method", "lora"]))
+    (folder / "stages" / "03-GQA" / "DONE").unlink()
+    here = environment()
+    monkeypatch.setattr("llaca.run.environment", lambda: here | {"commit": "later"})
+    run(load_recipe([*arguments, "--method", "lora"]))
+    report(["--runs-dir", str(tmp_path / "runs")])
+    assert pd.read_csv(tmp_path / "runs/tables/runs.csv")["commit"][0] == f"{here['commit']} later"

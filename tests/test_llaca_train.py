@@ -22,7 +22,7 @@ from data.records import DataError
 from eval.report import main as report
 from eval.tables import read_matrix
 from llaca.config import load_recipe
-from llaca.stream import environment, only_one
+from llaca.stream import only_one
 from llaca.train import run
 
 TASKS = ["ScienceQA", "TextVQA", "GQA"]
@@ -285,27 +285,6 @@ def test_under_deepspeed_the_model_of_a_stage_goes_before_the_next_comes(argumen
         found, wanted = (load_file(f / "stages" / stage / "adapter" / "adapter_model.safetensors") for f in folders)
         for name, tensor in wanted.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_a_stage_that_is_trained_again_takes_its_answers_along_and_not_before_later_ones(arguments, tmp_path):
-    folder = run(load_recipe([*arguments, "--method", "lora"]))
-    report(["--runs-dir", str(tmp_path / "runs")])
-    (folder / "stages" / "02-TextVQA" / "DONE").unlink()
-    with pytest.raises(ValueError, match=r"03-GQA is done and 02-TextVQA, which comes first, is not"):
-        run(load_recipe([*arguments, "--method", "lora"]))
-    (folder / "stages" / "03-GQA" / "DONE").unlink()
-    run(load_recipe([*arguments, "--method", "lora"]))
-    assert [path.name for path in (folder / "answers").iterdir()] == ["01-ScienceQA"]
-
-
-def test_a_run_that_goes_on_at_another_commit_tells_both(arguments, tmp_path, monkeypatch):
-    folder = run(load_recipe([*arguments, "--method", "lora"]))
-    (folder / "stages" / "03-GQA" / "DONE").unlink()
-    here = environment()
-    monkeypatch.setattr("llaca.run.environment", lambda: here | {"commit": "later"})
-    run(load_recipe([*arguments, "--method", "lora"]))
-    report(["--runs-dir", str(tmp_path / "runs")])
-    assert pd.read_csv(tmp_path / "runs/tables/runs.csv")["commit"][0] == f"{here['commit']} later"
 
 
 def test_pictures_that_workers_read_ahead_are_the_same(arguments, mini):
