@@ -26,8 +26,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from eval.predict import Answerer, EvaluatedRun, open_run
 from eval.tasks import task_of
 from llaca.methods import METHODS
+from llava.adapters import load_adapter
 from llava.generate import answer_batches
-from llava.model import load_adapter
+from llava.greedy import Decoder
 
 WIDTHS, LAYERS, TOKENS, RANK = (256, 1024, 2048), 4, 32, 128
 
@@ -59,7 +60,7 @@ def answers(run: EvaluatedRun, stage: str, questions: int, batch_size: int) -> f
     method = METHODS[run.recipe.method.method](run.recipe.settings)
 
     def adapted(base: nn.Module) -> nn.Module:
-        model = method.attach(base, config)
+        model = method.attach(base, answerer.backbone, config)
         load_adapter(model, run.folder / "stages" / stage / "adapter")
         return model
 
@@ -72,9 +73,8 @@ def answers(run: EvaluatedRun, stage: str, questions: int, batch_size: int) -> f
             asked = run.questions[task]
             numbers = range(min(share, len(asked)))
             said = [""] * len(numbers)
-            batches = answer_batches(model, answerer.processor, [asked.ids(n) for n in numbers],
-                                     [asked.picture(n) for n in numbers], limits[task], batch_size,
-                                     answerer.features)  # fmt: skip
+            ids, pictures = [asked.ids(n) for n in numbers], [asked.picture(n) for n in numbers]
+            batches = answer_batches(Decoder(model, answerer.backbone, limits[task]), ids, pictures, batch_size)
             for numbers, texts in batches:
                 for number, text in zip(numbers, texts, strict=True):
                     said[number] = text

@@ -20,7 +20,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,13 +37,13 @@ from transformers import (
 )
 
 from data.mini.build import build, is_built
-from data.pictures import load_image
 from eval.predict import Answerer, open_run
 from llaca.config import load_recipe
 from llaca.train import run
+from llava.backbones import open_backbone
+from llava.backbones.llava15 import Llava15
 from llava.generate import answer_batches, encode_questions
-from llava.image import to_pixels
-from llava.model import load_processor
+from llava.greedy import Decoder
 
 BATCH = 64
 MINI = "checkpoints/tiny-llava"
@@ -53,24 +52,22 @@ MINI = "checkpoints/tiny-llava"
 class Asked(NamedTuple):
     """Questions, ready to be answered."""
 
-    model: torch.nn.Module
-    processor: LlavaProcessor
+    decoder: Decoder
     ids: list[list[int]]
     images: list[Path | None]
-    max_new_tokens: int
-    features: Callable | None = None
 
 
 @torch.no_grad()
 def whole_prompts(asked: Asked) -> list[str]:
     """The answers of stock `generate` to batches of whole prompts."""
-    tokenizer, model = asked.processor.tokenizer, asked.model
+    model, backbone, limit = asked.decoder.model, asked.decoder.backbone, asked.decoder.max_new_tokens
+    tokenizer = backbone.tokenizer
     settings = GenerationConfig(
         do_sample=False,
-        max_new_tokens=asked.max_new_tokens,
+        max_new_tokens=limit,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[model.config.image_token_id],
+        suppress_tokens=backbone.silent,
     )
     answers = [""] * len(asked.ids)
     order = sorted(range(len(asked.ids)), key=lambda number: len(asked.ids[number]), reverse=True)
@@ -82,10 +79,7 @@ def whole_prompts(asked: Asked) -> list[str]:
             "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
         }
         paths = [asked.images[number] for number in chosen if asked.images[number]]
-        if paths and asked.features:
-            batch["pixel_values"] = torch.stack([asked.features(path) for path in paths])
-        elif paths:
-            batch["pixel_values"] = to_pixels(asked.processor.image_processor, [load_image(path) for path in paths])
+        batch |= backbone.stack([backbone.picture(path) for path in paths]) if paths else {}
         output = model.generate(**batch, generation_config=settings)
         for number, text in zip(chosen, tokenizer.batch_decode(output[:, width:], True), strict=True):
             answers[number] = text.strip()
@@ -95,15 +89,16 @@ def whole_prompts(asked: Asked) -> list[str]:
 def by_picture(asked: Asked) -> list[str]:
     """The answers as eval_all.sh makes them."""
     answers = [""] * len(asked.ids)
-    for numbers, texts in answer_batches(*asked[:5], BATCH, asked.features):
+    for numbers, texts in answer_batches(*asked, BATCH):
         for number, text in zip(numbers, texts, strict=True):
             answers[number] = text
     return answers
 
 
-def larger_model(width: int = 512, layers: int = 8) -> tuple[torch.nn.Module, LlavaProcessor]:
+def larger_model(width: int = 512, layers: int = 8) -> tuple[torch.nn.Module, Llava15]:
     """A random model with LLaVA-1.5's 576 tokens a picture. One answer token in seven is the end of text."""
-    tokenizer = load_processor(MINI, LlavaConfig.from_pretrained(MINI)).tokenizer
+    tiny = open_backbone(MINI)
+    tokenizer = tiny.tokenizer
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=layers,
         num_attention_heads=width // 64, initializer_range=0.1,
@@ -113,7 +108,7 @@ def larger_model(width: int = 512, layers: int = 8) -> tuple[torch.nn.Module, Ll
         num_attention_heads=width // 256, image_size=336, patch_size=14, initializer_factor=2.0,
     )  # fmt: skip
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_config=vision, text_config=text, image_token_index=tiny.placeholder,
         image_seq_length=576,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -121,13 +116,14 @@ def larger_model(width: int = 512, layers: int = 8) -> tuple[torch.nn.Module, Ll
     with torch.no_grad():
         model.lm_head.weight[tokenizer.eos_token_id] *= 3
     pixels = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    return model, LlavaProcessor(pixels, tokenizer, patch_size=14, vision_feature_select_strategy="default",
-                                 num_additional_image_tokens=1)  # fmt: skip
+    processor = LlavaProcessor(pixels, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+                               num_additional_image_tokens=1)  # fmt: skip
+    return model, Llava15(config, processor)
 
 
 def larger_questions(folder: Path, pictures: int, each: int) -> Asked:
     """`each` questions about each of so many random photographs of 640 x 480 pixels."""
-    model, processor = larger_model()
+    model, backbone = larger_model()
     draw, paths = np.random.default_rng(0), []
     for number in range(pictures):
         coarse = Image.fromarray(draw.integers(0, 256, (15, 20, 3), dtype=np.uint8))
@@ -138,7 +134,7 @@ def larger_questions(folder: Path, pictures: int, each: int) -> Asked:
     manner = "Answer the question using a single word or phrase."
     prompts = [f"<image>\nIs the {thing} in the picture?\n{manner}" for thing in things]
     images = [path for path in paths for _ in range(each)]
-    return Asked(model, processor, encode_questions(model.config, processor.tokenizer, prompts, images), images, 10)
+    return Asked(Decoder(model, backbone, 10), encode_questions(backbone, prompts, images), images)
 
 
 def mini_questions(folder: Path, test_samples: int) -> list[Asked]:
@@ -154,7 +150,7 @@ def mini_questions(folder: Path, test_samples: int) -> list[Asked]:
     for task in trained.tasks:
         asked = trained.questions[task]
         ids, images = ([of(number) for number in range(len(asked))] for of in (asked.ids, asked.picture))
-        sets.append(Asked(model, answerer.processor, ids, images, limit, answerer.features))
+        sets.append(Asked(Decoder(model, answerer.backbone, limit), ids, images))
     return sets
 
 

@@ -31,7 +31,6 @@ from llaca import ranks
 from llaca.config import load_recipe
 from llaca.methods import method_of
 from llaca.stream import stages_of
-from llava.model import load_base
 
 def memory(key):
     lines = dict(line.split(":") for line in open("/proc/self/status"))
@@ -46,18 +45,20 @@ if checked:
     told = {"seconds": time.perf_counter() - start}
 else:
     try:
+        from llava.backbones import load_base
         from llaca.records import load_stream, stage_datasets, stage_wordings
-        from llaca.student import Student
-    except ImportError:  # versions of before
+        whole, backbone = load_base(recipe.model.base)
+    except ImportError:  # commit 4bcd032
         from llaca.train import Student, load_stream, stage_datasets, stage_wordings
-    model, processor = load_base(recipe.model.base)
-    student = Student(model, processor, {}, None)
+        from llava.model import load_base
+        whole, processor = load_base(recipe.model.base)
+        backbone = Student(whole, processor, {}, None)
     stages = stages_of(recipe, False, Path("."))
     gc.collect()
     before, start = memory("RssAnon"), time.perf_counter()
     records = load_stream(recipe)
     stage_wordings(recipe, stages, records)
-    datasets = stage_datasets(recipe, stages, records, student)
+    datasets = stage_datasets(recipe, stages, records, backbone)
     told = {"seconds": time.perf_counter() - start}
     items = [dataset[i] for dataset in datasets.values() for i in (0, len(dataset) - 1)]
     gc.collect()

@@ -131,7 +131,7 @@ class Reader(Protocol):
     grouping: bool
     digest: str
 
-    def problems(self, task: str, columns: TrainingColumns, rows: np.ndarray) -> list[Problem]:
+    def problems(self, task: str, columns: TrainingColumns, rows: np.ndarray, image_root: Path) -> list[Problem]:
         """Return what makes training records of these rows unusable."""
 
 
@@ -168,7 +168,7 @@ def _report(benchmark: Benchmark, report: FileReport, found: Prepared | DataErro
     report.records, report.pictures = columns.told["records"], len(columns.names) - len(found.faults)
     report.problems = list(found.problems)
     if reader is not None and report.split == "train":
-        report.problems += reader.problems(report.task, columns, rows)
+        report.problems += reader.problems(report.task, columns, rows, benchmark.image_root)
     silent = silent_problems(found, rows)
     if silent and reader is not None and reader.grouping:
         report.problems += silent

@@ -33,17 +33,17 @@ class Tokenised:
 class Encoder(Protocol):
     """What a model makes of texts. It can be pickled: processes of their own encode large files.
 
-    image: the id of a picture's placeholder. digest: what tells encoders apart.
+    image: the id of a picture's placeholder, None where the model takes no pictures. digest: what tells encoders apart.
     """
 
-    image: int
+    image: int | None
     digest: str
 
     def conversations(self, turns: Sequence[Sequence[tuple[str, str]]]) -> list[Tokenised | ValueError]:
         """Return the tokens of conversations; a ValueError in the place of one that cannot be expressed."""
 
-    def questions(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids that ask for an answer to each text."""
+    def questions(self, texts: Sequence[str]) -> list[list[int] | ValueError]:
+        """Return the ids that ask for an answer to each text; a ValueError in the place of one that cannot be asked."""
 
 
 class Texts(Sequence[str]):
@@ -239,6 +239,9 @@ def question_columns(
     for batch in _batches(questions):
         tokens = encoder.questions([question.text for question in batch]) if encoder else [[]] * len(batch)
         for question, ids in zip(batch, tokens, strict=True):
+            if isinstance(ids, ValueError):
+                problems.append(Problem(question.index, "tokens", f"{question.name}: {ids}"))
+                continue
             image = None if question.image is None else str(question.image)
             builder.add(question.index, question.text, image, ids)
             question_ids.append(json.dumps(question.question_id))

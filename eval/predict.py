@@ -36,9 +36,10 @@ from llaca.config import Recipe
 from llaca.methods import METHODS
 from llaca.pool import Pool
 from llaca.stream import Stage, ordered, stages_of, write_atomically
-from llava.features import FeatureCache, stored_features, use_features
+from llava.adapters import load_adapter
+from llava.backbones import load_base
 from llava.generate import UnreadablePicture, answer_batches
-from llava.model import load_adapter, load_base
+from llava.greedy import Decoder
 
 BASE = "base"  # stands for the base model, before any stage
 CELLS = ("final", "diagonal", "triangle", "full")
@@ -142,12 +143,10 @@ class Answerer:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, config.dtype)
         self.key = self.key_of(run)
-        self.base, self.processor = load_base(config.base, dtype, config.attention, config.quantization, device)
-        self.features: FeatureCache | None = None
+        self.base, self.backbone = load_base(config.base, dtype, config.attention, config.quantization, device)
         if config.reuse_vision_features:
             lists = [asked.pictures for asked in run.questions.values()]
-            self.features = stored_features(self.base, self.processor.image_processor, lists)
-            use_features(self.base)
+            self.backbone.use_features(self.base, self.backbone.vision_features(self.base, lists))
 
     @staticmethod
     def key_of(run: EvaluatedRun) -> str:
@@ -160,7 +159,7 @@ class Answerer:
             return self.base
         config = run.recipe.model
         method = METHODS[run.recipe.method.method](run.recipe.settings)
-        model = method.attach(copy.deepcopy(self.base), replace(config, lora_dropout=0.0))
+        model = method.attach(copy.deepcopy(self.base), self.backbone, replace(config, lora_dropout=0.0))
         load_adapter(model, run.folder / "stages" / holder / "adapter")
         return model.merge_and_unload() if method.mergeable and config.quantization == "none" else model
 
@@ -188,8 +187,13 @@ def answer_share(runs: Sequence[EvaluatedRun], rank: int, world: int, batch_size
                         answerer = None
                         answerer = Answerer(run)
                     model, loaded = answerer.model(run, holder), (run.name, holder)
+                stream = run.recipe.stream
+                limit = stream.max_new_tokens or task_of(stream.data_root, task).spec.max_new_tokens
                 part = run.answer_file(holder, task).with_name(f"{task}.jsonl.part-{rank}")
-                _answer_cell(answerer, model, run, part, task, todo, batch_size, bar)
+                for answered in _append(
+                    part, run.questions[task], todo, Decoder(model, answerer.backbone, limit), batch_size
+                ):
+                    bar.update(answered)
 
 
 def _todo(run: EvaluatedRun, holder: str, task: str, rank: int, world: int) -> list[int]:
@@ -217,34 +221,20 @@ def share_of(images: Sequence[Hashable | None], rank: int, world: int) -> list[i
     return sorted(own)
 
 
-def _answer_cell(
-    answerer: Answerer,
-    model,
-    run: EvaluatedRun,
-    part: Path,
-    task: str,
-    todo: list[int],
-    batch_size: int | None,
-    bar: tqdm,
-) -> None:
-    asked, stream = run.questions[task], run.recipe.stream
-    batches = answer_batches(
-        model,
-        answerer.processor,
-        [asked.ids(i) for i in todo],
-        [asked.picture(i) for i in todo],
-        stream.max_new_tokens or task_of(stream.data_root, task).spec.max_new_tokens,
-        batch_size,
-        answerer.features,
-    )
+def _append(
+    part: Path, asked: Questions, todo: Sequence[int], decoder: Decoder, batch_size: int | None
+) -> Iterator[int]:
+    """Answer the questions of these numbers and append their lines to a part; yield how many more are answered. Raises
+    OSError as `answer_share` does."""
+    ids, pictures = [asked.ids(number) for number in todo], [asked.picture(number) for number in todo]
     part.parent.mkdir(parents=True, exist_ok=True)
     _cut_to_whole_lines(part)
     with part.open("a", encoding="utf-8") as out:
         try:
-            for numbers, texts in batches:
+            for numbers, texts in answer_batches(decoder, ids, pictures, batch_size):
                 out.writelines(_line(asked, todo[n], text) for n, text in zip(numbers, texts, strict=True))
                 out.flush()
-                bar.update(len(numbers))
+                yield len(numbers)
         except UnreadablePicture as error:
             raise OSError(f"{asked.name(todo[error.number])}: {error}; what is answered is kept") from error
 

@@ -13,8 +13,8 @@ from data.records import DataError
 from eval.tasks import task_of
 from llaca.config import Recipe
 from llaca.stream import ordered
-from llava.conversation import Vocabulary, repeated
-from llava.model import image_tokens, open_processor
+from llava.backbones import open_backbone
+from llava.conversation import repeated
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +24,8 @@ class Questions:
     prepared: Prepared
     rows: np.ndarray
     image_root: Path
-    image: int  # the placeholder's id
-    image_tokens: int
+    placeholder: int | None  # the id that stands for a picture
+    lengths: np.ndarray  # how many positions each picture of the columns takes
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,9 +54,10 @@ class Questions:
 
     def ids(self, number: int) -> list[int]:
         """The token ids that ask it."""
-        columns = self.prepared.columns
-        begin, end = columns.span(int(self.rows[number]))
-        return repeated(columns.ids[begin:end].tolist(), self.image, self.image_tokens)
+        columns, row = self.prepared.columns, int(self.rows[number])
+        begin, end = columns.span(row)
+        ids, place = columns.ids[begin:end].tolist(), int(columns.picture[row])
+        return repeated(ids, self.placeholder, int(self.lengths[place])) if place >= 0 else ids
 
     @property
     def pictures(self) -> list[Path]:
@@ -88,10 +89,9 @@ def _questions(
     data_root: str, files: Sequence[Path], tasks: Sequence[str], base: str, unchecked: bool, limit: int, _changed: tuple
 ) -> dict[str, Questions]:
     benchmark = open_benchmark(data_root)
-    config, processor = open_processor(base)
-    vocabulary = Vocabulary.of(processor.tokenizer)
+    backbone = open_backbone(base)
     sources = [Source(file, "test", benchmark.task(task).instruction) for task, file in zip(tasks, files, strict=True)]
-    found, asked = open_records(sources, benchmark.image_root, vocabulary), {}
+    found, asked = open_records(sources, benchmark.image_root, backbone.vocabulary), {}
     for task, source in zip(tasks, sources, strict=True):
         one = found[source]
         if isinstance(one, DataError):
@@ -99,5 +99,6 @@ def _questions(
         rows = one.usable(unchecked)
         # of the file's questions, those that cannot be used among them
         rows = one.first(rows, limit)
-        asked[task] = Questions(one, rows, benchmark.image_root, vocabulary.image, image_tokens(config))
+        lengths = backbone.picture_tokens(benchmark.image_root, one.columns.names)
+        asked[task] = Questions(one, rows, benchmark.image_root, backbone.placeholder, lengths)
     return asked

@@ -24,7 +24,7 @@ from llaca import ranks
 from llaca.engines import engine_of
 from llaca.folders import sync_tree, write_durably
 from llaca.stream import write_atomically
-from llava.model import trainable_parameters
+from llava.adapters import trainable_parameters
 from llava.trainer import LlavaTrainer
 
 COMPLETE = "COMPLETE"

@@ -23,7 +23,7 @@ DEFAULT_RECIPE = CONFIGS / "coin_mini.yaml"
 class ModelConfig:
     """The base model and what of it is trained."""
 
-    base: str = setting(MISSING, "folder of a LlavaForConditionalGeneration and its LlavaProcessor")
+    base: str = setting(MISSING, "folder of a base model, of a family in llava/backbones/")
     lora_rank: int = setting(128, "rank r of LoRA on every linear of the language model", least=1)
     lora_alpha: int = setting(256, "LoRA scale is alpha / rank", least=1)
     lora_dropout: float = setting(0.05, "dropout before LoRA A", least=0, below=1)

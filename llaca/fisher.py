@@ -17,13 +17,12 @@ def diagonal_fisher(stage: "StageView", records: int) -> dict[str, Tensor]:
     The empirical Fisher: y_r is the record's own answer, log p the sum over its tokens. The records are drawn by the
     stage's seed, and the ranks share them; all of them get the sum.
     """
-    from llava.trainer import answer_loss  # brings in PEFT and, where installed, bitsandbytes
-
     weights, drawn = stage.weights(), stage.draw(records)
     fisher = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     with stage.evaluating():
         for batch in stage.batches(drawn[ranks.rank() :: ranks.count()]):
-            gradients = torch.autograd.grad(answer_loss(stage.model, batch), list(weights.values()), allow_unused=True)
+            loss = stage.backbone.answer_loss(stage.model, batch)
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for total, gradient in zip(fisher.values(), gradients, strict=True):
                 if gradient is not None:  # the projector's, where a record has no picture
                     total.addcmul_(gradient.float(), gradient.float(), value=1 / len(drawn))

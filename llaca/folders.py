@@ -24,8 +24,8 @@ from tqdm import tqdm
 from llaca.methods.base import Method
 from llaca.pool import Choice
 from llaca.stream import Stage
+from llava.adapters import WEIGHTS, load_adapter
 from llava.dataset import InstructionDataset
-from llava.model import WEIGHTS, load_adapter
 
 DONE, ORIGIN, TRAINER = "DONE", "origin.json", "trainer"
 MEMORY = "method.pt"  # what a method hands on beside the weights

@@ -39,8 +39,6 @@ def input_energies(stage: "StageView", names: Collection[str], records: int) -> 
 
     One pass without dropout. The stage's seed draws the records, and the ranks share them; all get the sum.
     """
-    from llava.trainer import answer_loss  # brings in PEFT and, where installed, bitsandbytes
-
     weights = {name: weight for name, weight in stage.weights().items() if name in names}
     energies = {name: weight.new_zeros([width(weight.shape)] * 2).float() for name, weight in weights.items()}
     drawn = stage.draw(records)
@@ -55,7 +53,7 @@ def input_energies(stage: "StageView", names: Collection[str], records: int) -> 
             layer = stage.model.get_submodule(name.rpartition(".")[0])
             hooks.callback(layer.register_forward_pre_hook(partial(add, name)).remove)
         for batch in stage.batches(drawn[ranks.rank() :: ranks.count()]):
-            answer_loss(stage.model, batch)
+            stage.backbone.answer_loss(stage.model, batch)
     ranks.add_up(list(energies.values()))
     return energies
 

@@ -38,15 +38,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from data.benchmark import train_file
 from llaca.beta import settings_of
 from llaca.config import Recipe, load_recipe
 from llaca.ema import BLOCK, kept_of_the_past, kernels_of
 from llaca.methods import method_of
+from llava.adapters import is_connector, trainable_parameters
+from llava.backbone import Backbone
+from llava.backbones import NF4_BLOCK, blank_model
 from llava.greedy import question_bytes
-from llava.model import LORA_TARGETS, NF4_BLOCK, image_tokens, is_projector, trainable_parameters
 
 ENGINES = ("DDP", "ZeRO 1", "ZeRO 2", "ZeRO 3", "ZeRO 3 offload")
 GB = 1e9
@@ -80,38 +81,41 @@ class Loading(NamedTuple):
     host: float
 
 
-def blank_model(recipe: Recipe) -> torch.nn.Module:
-    """The recipe's model with what its method trains, on the meta device.
+class Blank(NamedTuple):
+    """A recipe's model with what its method trains, on the meta device, and its backbone, which has no processor."""
 
-    Raises FileNotFoundError without the base's config.json, ValueError for what the method cannot follow.
+    model: torch.nn.Module
+    backbone: Backbone
+
+
+def blank_of(recipe: Recipe) -> Blank:
+    """Return the model of the base's config.json.
+
+    Raises FileNotFoundError without it, ValueError for what the method cannot follow.
     """
-    path = Path(recipe.model.base) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; the plan needs the base's configuration, not its weights")
-    config = LlavaConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
     method = method_of(recipe)
+    model, backbone = blank_model(recipe.model.base, getattr(torch, recipe.model.dtype))
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config).to(getattr(torch, recipe.model.dtype))
-        return method.attach(model, recipe.model)
+        return Blank(method.attach(model, backbone, recipe.model), backbone)
 
 
 def counts(model: torch.nn.Module) -> dict[str, int]:
-    """How much trains: tensors, and values in LoRA and projector."""
+    """How much trains: tensors, and values in LoRA and connector."""
     trained = trainable_parameters(model)
-    projector = sum(p.numel() for name, p in trained.items() if is_projector(name))
-    return {"tensors": len(trained), "lora": sum(p.numel() for p in trained.values()) - projector,
-            "projector": projector}  # fmt: skip
+    connector = sum(p.numel() for name, p in trained.items() if is_connector(name))
+    return {"tensors": len(trained), "lora": sum(p.numel() for p in trained.values()) - connector,
+            "connector": connector}  # fmt: skip
 
 
-def base_bytes(model: torch.nn.Module, quantization: str) -> float:
+def base_bytes(blank: Blank, quantization: str) -> float:
     """The frozen weights. bitsandbytes keeps a float32 scale for every row (8bit) or for every 64 values (nf4); double
     quantization makes that scale one byte, with a float32 for 256 of them."""
     scale = {"nf4": 4 / NF4_BLOCK, "nf4-double": (1 + 4 / 256) / NF4_BLOCK}
     total = 0.0
-    for name, parameter in model.named_parameters():
+    for name, parameter in blank.model.named_parameters():
         if parameter.requires_grad:
             continue
-        linear = re.fullmatch(rf"{LORA_TARGETS}(\.base_layer)?\.weight", name)
+        linear = re.fullmatch(rf"{blank.backbone.lora_targets}(\.base_layer)?\.weight", name)
         if quantization == "none" or not linear:
             total += parameter.nbytes
         elif quantization == "8bit":
@@ -121,11 +125,11 @@ def base_bytes(model: torch.nn.Module, quantization: str) -> float:
     return total
 
 
-def activation_bytes(recipe: Recipe, model: torch.nn.Module, records: int, tokens: int) -> float:
+def activation_bytes(recipe: Recipe, blank: Blank, records: int, tokens: int) -> float:
     """What autograd keeps of a micro-batch at its peak: with gradient checkpointing the inputs of all layers and all of
-    one layer, without it all of all layers; and the projector's share."""
-    llava = model.get_base_model().model
-    text, dtype = llava.language_model, getattr(torch, recipe.model.dtype)
+    one layer, without it all of all layers; and the connector's share."""
+    model, backbone = blank
+    text, dtype = backbone.language(model), getattr(torch, recipe.model.dtype)
     hidden = torch.empty(records, tokens, text.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
     positions = torch.arange(tokens, device="meta")[None]
     rotary = text.rotary_emb(hidden, positions)
@@ -133,17 +137,14 @@ def activation_bytes(recipe: Recipe, model: torch.nn.Module, records: int, token
     model.train()
     with saved_tensors(weights) as of_layer:
         text.layers[0](hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
-    features = torch.empty(
-        records, image_tokens(llava.config), llava.config.vision_config.hidden_size, dtype=dtype, device="meta"
-    )
-    with saved_tensors(weights) as of_projector:
-        llava.multi_modal_projector(features.float())
+    with saved_tensors(weights) as of_connector:
+        backbone.connect(model, records, dtype)
     square = (tokens, tokens)  # attention weights: sdpa's kernels do not keep them, its fallback on meta does
     keeps_square = recipe.model.attention == "eager"
     layer = sum(t.nbytes for t in of_layer if keeps_square or t.shape[-2:] != square)
     layers = len(text.layers)
     kept = layers * hidden.nbytes + layer if recipe.model.gradient_checkpointing else layers * layer
-    return kept + sum(t.nbytes for t in of_projector)
+    return kept + sum(t.nbytes for t in of_connector)
 
 
 @contextmanager
@@ -163,11 +164,11 @@ def saved_tensors(weights: set[int]):
     found.extend(seen.values())
 
 
-def answering_bytes(recipe: Recipe, model: torch.nn.Module, tokens: int) -> tuple[float, float]:
+def answering_bytes(recipe: Recipe, blank: Blank, tokens: int) -> tuple[float, float]:
     """What a process that answers holds: the models, and what a question of a batch takes, the only one about its
     picture."""
-    question = question_bytes(model.config.get_text_config(), getattr(torch, recipe.model.dtype).itemsize, tokens)
-    return 2 * base_bytes(model, recipe.model.quantization), question
+    question = question_bytes(blank.model.config.get_text_config(), getattr(torch, recipe.model.dtype).itemsize, tokens)
+    return 2 * base_bytes(blank, recipe.model.quantization), question
 
 
 def average_bytes(recipe: Recipe, trained: float) -> float:
@@ -182,11 +183,11 @@ def plan(recipe: Recipe, gpus: int, tokens: int, device: str = "cuda") -> dict[s
 
     `device`: cuda, or cpu, which has no bfloat16 engine and smaller blocks.
     """
-    model = blank_model(recipe)
-    trained = sum(p.numel() for p in trainable_parameters(model).values())
-    base = base_bytes(model, recipe.model.quantization)
+    blank = blank_of(recipe)
+    trained = sum(p.numel() for p in trainable_parameters(blank.model).values())
+    base = base_bytes(blank, recipe.model.quantization)
     records = max(recipe.for_stage((task,), gpus).batch_size for task in recipe.stream.tasks)
-    activations = activation_bytes(recipe, model, records, tokens)
+    activations = activation_bytes(recipe, blank, records, tokens)
     width = 2 if recipe.model.dtype == "bfloat16" and device == "cuda" else 4  # of what trains, inside DeepSpeed
     share, average = trained / gpus, average_bytes(recipe, trained)
     scratch = 3 * 4 * BLOCK[kernels_of(device)] if average else 0
@@ -210,14 +211,13 @@ def plan(recipe: Recipe, gpus: int, tokens: int, device: str = "cuda") -> dict[s
 
 def loading(recipe: Recipe, gpus: int) -> dict[str, Loading]:
     """Engine -> the peak while the base is loaded on one of `gpus` GPUs (llava/model.py, llaca/engines/)."""
-    model = blank_model(recipe)
-    trained = 4 * sum(p.numel() for p in trainable_parameters(model).values())
-    base = base_bytes(model, recipe.model.quantization)
-    largest = max(p.nbytes for p in model.parameters() if not p.requires_grad)
-    tower = sum(p.nbytes for p in model.get_base_model().model.vision_tower.parameters())
+    blank = blank_of(recipe)
+    trained = 4 * sum(p.numel() for p in trainable_parameters(blank.model).values())
+    base = base_bytes(blank, recipe.model.quantization)
+    largest = max(p.nbytes for p in blank.model.parameters() if not p.requires_grad)
     passing = 2 * largest  # gathered, and joined from the ranks' parts
     if recipe.model.reuse_vision_features:  # whole while it computes the features
-        passing = max(passing, tower)
+        passing = max(passing, sum(p.nbytes for p in blank.backbone.vision(blank.model).parameters()))
     reading = READERS * largest
     whole = Loading(base + trained + (reading if recipe.model.quantization != "none" else 0), trained + reading)
     sharded = base / gpus
@@ -248,12 +248,12 @@ def stages(recipe: Recipe, gpus: int) -> list[dict]:
 
 def show(recipe: Recipe, gpus: int, memory: float, tokens: int) -> dict:
     """Prints the plan and returns it, in bytes."""
-    model = blank_model(recipe)
-    size, engines, tasks = counts(model), plan(recipe, gpus, tokens), stages(recipe, gpus)
+    blank = blank_of(recipe)
+    size, engines, tasks = counts(blank.model), plan(recipe, gpus, tokens), stages(recipe, gpus)
     starts = loading(recipe, gpus)
     print(
         f"{recipe.model.base} with LoRA of rank {recipe.model.lora_rank}: {size['tensors']} tensors train, "
-        f"{size['lora']:,} values in LoRA and {size['projector']:,} in the projector\n"
+        f"{size['lora']:,} values in LoRA and {size['connector']:,} in the connector\n"
     )
     print(f"GB on each of {gpus} GPUs, records of {tokens} tokens, micro-batches of at most "
           f"{max(row['micro_batch'] for row in tasks)}")  # fmt: skip
@@ -271,7 +271,7 @@ def show(recipe: Recipe, gpus: int, memory: float, tokens: int) -> dict:
               f"{made:>8s}")  # fmt: skip
     if any(row["records"] is None for row in tasks):
         print(f"?: no training file below {recipe.stream.data_root}")
-    models, question = answering_bytes(recipe, model, tokens)
+    models, question = answering_bytes(recipe, blank, tokens)
     fit = max(0, int((memory * GB - models) // question))
     print(
         f"\nAnswers: {models / GB:.1f} GB of models, {question / GB:.2f} GB a question of {tokens} tokens: at most "

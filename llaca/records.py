@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,12 +11,9 @@ from data.records import DataError
 from llaca import hosts, ranks
 from llaca.config import Recipe
 from llaca.stream import Stage, ordered
-from llava.conversation import Vocabulary
+from llava.backbone import Backbone
+from llava.backbones import open_backbone
 from llava.dataset import InstructionDataset
-from llava.model import image_tokens, open_processor
-
-if TYPE_CHECKING:
-    from llaca.student import Student
 
 
 @dataclass
@@ -46,7 +42,7 @@ def load_stream(recipe: Recipe) -> dict[str, TaskRecords]:
     first process of every host, unless that has been done before; all map the same files.
     """
     stream, benchmark = recipe.stream, open_benchmark(recipe.stream.data_root)
-    vocabulary = Vocabulary.of(open_processor(recipe.model.base)[1].tokenizer)
+    vocabulary = open_backbone(recipe.model.base).vocabulary
     sources = {
         task: Source(train_file(benchmark, stream.instructions, task), "train", benchmark.task(task).instruction)
         for task in ordered(stream.tasks, stream.order)
@@ -78,19 +74,18 @@ def stage_wordings(recipe: Recipe, stages: list[Stage], records: dict[str, TaskR
 
 
 def stage_datasets(
-    recipe: Recipe, stages: list[Stage], records: dict[str, TaskRecords], student: "Student"
+    recipe: Recipe, stages: list[Stage], records: dict[str, TaskRecords], backbone: Backbone
 ) -> dict[str, InstructionDataset]:
     """The training set of every stage by its task. Raises DataError for records that the maximum length makes unusable,
     unless the run is unchecked."""
-    root, unchecked = image_root(recipe.stream.data_root), recipe.stream.unchecked
-    tokens, made = image_tokens(student.model.config), {}
+    root, made = image_root(recipe.stream.data_root), {}
 
     def dataset(task: str, max_length: int) -> InstructionDataset:
         own = records[task]
-        columns, rows = own.prepared.columns, own.rows
-        return InstructionDataset(
-            columns, student.processor, tokens, max_length, student.features, own.source, root, rows, unchecked
-        )
+        found = InstructionDataset(own.prepared.columns, backbone, max_length, root, own.rows)
+        if found.dropped and not recipe.stream.unchecked:
+            raise DataError(own.source, [problem.text for problem in found.dropped])
+        return found
 
     for stage in stages:
         if len(stage.tasks) == 1:

@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from data.benchmark import open_benchmark
 from data.checksums import checksum
 from llaca import hosts, ranks
+from llaca.adapted import AdaptedModel, load_adapted
 from llaca.config import Recipe, TrainConfig
 from llaca.folders import begin, checksums, origin_of, partial_of, seal, tidy
 from llaca.grouping import THRESHOLDS, Codebook
@@ -33,18 +34,17 @@ from llaca.stream import (
     stages_of,
     write_atomically,
 )
-from llaca.student import Student, load_student
 from llava.dataset import InstructionDataset
 
 
 class Run:
     """A recipe's run. Every process of it makes one; `train` trains what is not done.
 
-    recipe, method, folder; stages: in the order of the stream; records: by task. While it trains, student: the model,
+    recipe, method, folder; stages: in the order of the stream; records: by task. While it trains, adapted: the model,
     and datasets: every stage's own, by task.
     """
 
-    student: Student | None = None
+    adapted: AdaptedModel | None = None
     datasets: dict[str, InstructionDataset]
 
     def __init__(self, recipe: Recipe):
@@ -94,9 +94,9 @@ class Run:
     def _walk(self, freeze: Callable[[], Path]) -> None:
         """Walk the stream, past the stages that are done; call `freeze` when nothing can refuse the run any more."""
         wordings = stage_wordings(self.recipe, self.stages, self.records)
-        self.student = load_student(self.recipe, self.records, self.method)
-        features = self.student.features
-        self.datasets = stage_datasets(self.recipe, self.stages, self.records, self.student)
+        self.adapted = load_adapted(self.recipe, self.records, self.method)
+        features = self.adapted.features
+        self.datasets = stage_datasets(self.recipe, self.stages, self.records, self.adapted.backbone)
         pool, total = self._empty_pool(), sum(map(self.steps, self.stages))
         hosts.together(freeze)
         line = int(os.environ.get("LLACA_BAR", 0))  # of the terminal, where several runs share it
@@ -113,8 +113,8 @@ class Run:
                     pool.put(choice, wordings[stage.name], stage.task, stage.name)
                     bar.update(self.steps(stage))
                     continue
-                if self.student is None:
-                    self.student = load_student(self.recipe, self.records, self.method, features)
+                if self.adapted is None:
+                    self.adapted = load_adapted(self.recipe, self.records, self.method, features)
                 around = environment()
                 report = StageTraining(self, stage, choice).train(bar)
                 pool.put(choice, wordings[stage.name], stage.task, stage.name)
@@ -164,7 +164,7 @@ class Run:
     def _let_go(self) -> None:
         """Forget a model that DeepSpeed has sharded, cast and hooked: the next stage takes a new one, and a GPU may not
         have room for both."""
-        self.student = None
+        self.adapted = None
         del self.method.stage
         unset_hf_deepspeed_config()
         gc.collect()

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llaca import ranks
+from llaca.adapted import seed_everything
 from llaca.config import TrainConfig
 from llaca.engines.deepspeed import cast_for_engine
 from llaca.engines.zero import deepspeed_file, shards_weights
@@ -17,9 +18,8 @@ from llaca.folders import MEMORY, TRAINER, handed_on, load_start, partial_of
 from llaca.methods.base import StageView
 from llaca.pool import Choice
 from llaca.stream import Stage
-from llaca.student import seed_everything
+from llava.adapters import adapter_state, reset_connector, save_adapter, set_adapter_state
 from llava.dataset import InstructionDataset
-from llava.model import adapter_state, reset_projector, save_adapter, set_adapter_state
 
 if TYPE_CHECKING:  # a run knows its stages
     from llaca.run import Run
@@ -31,7 +31,7 @@ class StageTraining:
 
     def __init__(self, run: "Run", stage: Stage, choice: Choice):
         self.run, self.stage, self.choice = run, stage, choice
-        self.recipe, self.method, self.student = run.recipe, run.method, run.student
+        self.recipe, self.method, self.adapted = run.recipe, run.method, run.adapted
         self.settings: TrainConfig = run.settings(stage)
         self.seed = run.recipe.stage_seed(stage.index)
         self.folder = partial_of(stage)
@@ -49,11 +49,11 @@ class StageTraining:
         checkpoint, start = latest(self.folder / TRAINER), None
         seed_everything(self.seed)
         if self.recipe.model.legacy_projector_reset and self.stage.index > 1:
-            reset_projector(self.student.model)
+            reset_connector(self.adapted.model)
         if not checkpoint and self.recipe.run.zero != "none":  # on the CPU: a GPU has its own copies to make
-            start = adapter_state(self.student.model, "cpu")
+            start = adapter_state(self.adapted.model, "cpu")
         if shards_weights(self.recipe.run.zero):
-            cast_for_engine(self.student.model, getattr(torch, self.recipe.model.dtype))
+            cast_for_engine(self.adapted.model, getattr(torch, self.recipe.model.dtype))
         dataset = self._records()
         steps = self.settings.steps(len(dataset), ranks.count())
         bar.total += steps - self.run.steps(self.stage)
@@ -97,14 +97,14 @@ class StageTraining:
 
     def _take_start(self) -> None:
         if self.choice.start is None:
-            set_adapter_state(self.student.model, self.student.fresh)
+            set_adapter_state(self.adapted.model, self.adapted.fresh)
         else:
-            load_start(self.student.model, self._start)
+            load_start(self.adapted.model, self._start)
 
     def _records(self) -> InstructionDataset:
         """The stage's own records and those that the method adds; the method sees the stage."""
-        own, pad_id = self.run.datasets[self.stage.task], self.student.processor.tokenizer.pad_token_id
-        self.method.stage = StageView(self.stage.task, self.student.model, own, pad_id, self.seed)
+        own = self.run.datasets[self.stage.task]
+        self.method.stage = StageView(self.stage.task, self.adapted.model, own, self.seed)
         self.method.recall(handed_on(self.method, self._start) if self.choice.matched else {})
         return self.method.extend(own, self.run.datasets)
 
@@ -112,11 +112,10 @@ class StageTraining:
         from llava.trainer import LlavaTrainer
 
         return LlavaTrainer(
-            self.student.model,
+            self.adapted.model,
             self._arguments(),
             dataset,
-            pad_id=self.student.processor.tokenizer.pad_token_id,
-            projector_lr=self.settings.projector_learning_rate,
+            connector_lr=self.settings.projector_learning_rate,
             normalisation=self.settings.loss_normalisation,
             hooks=self.method,
         )
@@ -126,9 +125,9 @@ class StageTraining:
             return
         for name in ("adapter", "plain"):  # safetensors writes beside a file first: what a killed process left goes
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        save_adapter(self.student.model, self.folder / "adapter", trained if averaged is None else averaged)
+        save_adapter(self.adapted.model, self.folder / "adapter", trained if averaged is None else averaged)
         if averaged is not None:
-            save_adapter(self.student.model, self.folder / "plain", trained)
+            save_adapter(self.adapted.model, self.folder / "plain", trained)
         if self.method.hands_on:
             torch.save(self.method.memory(), self.folder / MEMORY)
 

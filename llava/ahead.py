@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 
+Picture = dict[str, torch.Tensor]
 THREADS = 4  # Pillow decodes and scales without Python's lock
 
 
 class Ahead:
     """Reads pictures in the order in which they are going to be asked for, at most `depth` of them ahead.
 
-    `read` makes a tensor of a path. Use as a context: leaving it ends the threads.
+    `read` makes of a path what the model takes. Use as a context: leaving it ends the threads.
     """
 
-    def __init__(self, read: Callable[[Path], torch.Tensor], paths: Iterable[Path], depth: int):
+    def __init__(self, read: Callable[[Path], Picture], paths: Iterable[Path], depth: int):
         self._read, self._to_come, self._depth = read, deque(paths), depth
         self._pool, self._begun = ThreadPoolExecutor(THREADS), {}
 
@@ -27,7 +28,7 @@ class Ahead:
     def __exit__(self, *_) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def take(self, paths: Sequence[Path]) -> list[Future[torch.Tensor]]:
+    def take(self, paths: Sequence[Path]) -> list[Future[Picture]]:
         """Return what becomes of these pictures and go on with the next ones; one may be asked for again."""
         taken = [self._begun.pop(path, None) or self._pool.submit(self._read, path) for path in paths]
         self._go_on()

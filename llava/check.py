@@ -14,37 +14,40 @@ import numpy as np
 from data.check import command, execute
 from data.columns import TrainingColumns
 from data.records import Problem
+from llava.backbone import Backbone
+from llava.backbones import open_backbone
 from llava.conversation import Vocabulary
 from llava.dataset import cut_problems
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What a run on a base makes of the records (a data.check.Reader): `max_length` in tokens by task, a picture takes
-    `image_tokens` of them."""
+    """What a run on a base makes of the records (a data.check.Reader); `max_length` in tokens by task."""
 
-    encoder: Vocabulary
-    image_tokens: int
+    backbone: Backbone
     max_length: Mapping[str, int]
     grouping: bool = False
 
     @property
+    def encoder(self) -> Vocabulary:
+        """That of the base."""
+        return self.backbone.vocabulary
+
+    @property
     def digest(self) -> str:
         """What tells readers apart."""
-        settings = (self.encoder.digest, self.image_tokens, sorted(self.max_length.items()), self.grouping)
+        settings = (self.backbone.digest, sorted(self.max_length.items()), self.grouping)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
-    def problems(self, task: str, columns: TrainingColumns, rows: np.ndarray) -> list[Problem]:
+    def problems(self, task: str, columns: TrainingColumns, rows: np.ndarray, image_root: Path) -> list[Problem]:
         """Return the records of these rows that the maximum length makes unusable."""
-        return cut_problems(columns, rows, self.image_tokens, self.max_length[task])
+        pictures = self.backbone.picture_tokens(image_root, columns.names)
+        return cut_problems(columns, rows, pictures, self.max_length[task])
 
 
 def reader_of(base: Path | str, max_length: Mapping[str, int], grouping: bool) -> Reader:
     """The reader that a base model's folder gives. Raises FileNotFoundError or ValueError where it is none."""
-    from llava.model import image_tokens, open_processor  # brings in torch and transformers
-
-    config, processor = open_processor(base)
-    return Reader(Vocabulary.of(processor.tokenizer), image_tokens(config), max_length, grouping)
+    return Reader(open_backbone(base), max_length, grouping)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,9 +8,9 @@
     python -m llava.checkpoint export-adapter --from DIR --out DIR [--base DIR]
     python -m llava.checkpoint merge --base DIR --adapter DIR --out DIR
 
-What assemble and merge write is a plain folder for LlavaForConditionalGeneration and LlavaProcessor of transformers 5
-and 4.57, with the prompt of training as its chat template. Tensors keep their bits and, unless --dtype says otherwise,
-their dtypes; what merge adds up, it adds up in float32 and rounds once. A folder is written whole or not at all.
+What assemble and merge write is a plain folder for the Llava classes of transformers 5 and 4.57, with the prompt of
+training as its chat template. Tensors keep their bits and, unless --dtype says otherwise, their dtypes; what merge adds
+up, it adds up in float32 and rounds once. A folder is written whole or not at all.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from llava.adapter import export_adapter_folder, import_adapter_folder, merge
-from llava.base import disassemble, read_base, write_base
 from llava.files import whole_folder
+from llava.original.adapter import export_adapter_folder, import_adapter_folder, merge
+from llava.original.base import disassemble, read_base, write_base
 
 
 def main() -> None:

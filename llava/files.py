@@ -116,6 +116,19 @@ def check_finite(source: str | Path, state: dict[str, torch.Tensor]) -> None:
         )
 
 
+def check_same(source: str, wanted: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError listing missing, unexpected and misshapen tensors of `given`, which comes from `source`."""
+    faults = {
+        "missing": sorted(wanted.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - wanted.keys()),
+        "shape": sorted(name for name in wanted.keys() & given.keys() if wanted[name].shape != given[name].shape),
+    }
+    if any(faults.values()):
+        raise ValueError(
+            f"{source} does not fit the model: { {kind: names for kind, names in faults.items() if names} }"
+        )
+
+
 def weight_files(folder: str | Path) -> list[Path]:
     """Return the files that hold a folder's weights. Raises FileNotFoundError if there are none, or a shard misses."""
     folder = Path(folder)

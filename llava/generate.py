@@ -2,19 +2,17 @@
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from data.pictures import load_image
 from llava.ahead import Ahead
-from llava.conversation import encode_prompt
+from llava.backbone import Backbone
+from llava.conversation import encode_prompt, repeated
 from llava.greedy import Decoder, fitting
-from llava.image import to_pixels
-from llava.model import image_tokens
 from llava.prefix import Shared, may_pad, shared_prefixes
 
 
@@ -26,84 +24,71 @@ class UnreadablePicture(OSError):
         self.number = number
 
 
-def encode_questions(config, tokenizer, prompts: Sequence[str], images: Sequence[Path | None]) -> list[list[int]]:
-    """Return the token ids that ask each question. Raises ValueError if one and its picture do not go together."""
-    count = image_tokens(config)
-    ids = [encode_prompt(tokenizer, prompt, count) for prompt in tqdm(prompts, desc="tokenise", leave=False, delay=3)]
-    for number, (tokens, image) in enumerate(zip(ids, images, strict=True)):
-        if tokens.count(config.image_token_id) != (count if image else 0):
-            raise ValueError(f"question {number} ({prompts[number]!r}) and its picture {image} do not go together")
-    return ids
+def encode_questions(backbone: Backbone, prompts: Sequence[str], images: Sequence[Path | None]) -> list[list[int]]:
+    """Return the token ids that ask each question, whose text shows a picture where `images` has a path (`IMAGE` of
+    data/records.py). Raises ValueError if a question and its picture do not go together."""
+    counts = iter(backbone.picture_tokens(Path(), [str(image) for image in images if image]).tolist())
+    found = []
+    for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+        ids = encode_prompt(backbone.vocabulary, prompt, 1)
+        if (backbone.placeholder in ids) != (image is not None):
+            raise ValueError(f"question {number} ({prompt!r}) and its picture {image} do not go together")
+        found.append(ids if image is None else repeated(ids, backbone.placeholder, next(counts)))
+    return found
 
 
 @torch.no_grad()
 def answer_batches(
-    model,
-    processor,
-    ids: Sequence[list[int]],
-    images: Sequence[Path | None],
-    max_new_tokens: int,
-    batch_size: int | None = None,
-    features: Callable[[Path], torch.Tensor] | None = None,
+    decoder: Decoder, ids: Sequence[list[int]], images: Sequence[Path | None], batch_size: int | None = None
 ) -> Iterator[tuple[list[int], list[str]]]:
     """Yield, batch by batch, the numbers of questions and their stripped greedy answers; the longest come first.
 
-    `ids` are those of `encode_questions`; `features` maps paths to cached vision features, if the model's tower was
-    replaced by `llava.features.use_features`. At most `batch_size` questions are answered at once, by default as many
-    as `llava.greedy.fitting` says; where memory runs out, half of them.
+    `ids` are those of `encode_questions`. At most `batch_size` questions are answered at once, by default as many as
+    `llava.greedy.fitting` says; where memory runs out, half of them.
     Raises UnreadablePicture as soon as the other answers of its batch are yielded, ValueError if memory does not
     suffice for one question.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"{batch_size} questions at once cannot be answered; give 1 or more, or leave it out")
-    decoder, training = Decoder(model, processor.tokenizer, max_new_tokens), model.training
-    read = features or partial(_pixels, processor.image_processor)
+    model, training = decoder.model, decoder.model.training
     model.eval()
     try:
-        for shared in shared_prefixes(ids, images, model.config.image_token_id):
-            size = batch_size or fitting(decoder, len(ids[shared.groups[0][0]]) + max_new_tokens)
-            for numbers, tokens in _answers(decoder, shared, ids, images, size, read):
-                yield numbers, [text.strip() for text in processor.tokenizer.batch_decode(tokens, True)]
+        for shared in shared_prefixes(ids, images, decoder.backbone.placeholder):
+            size = batch_size or fitting(decoder, len(ids[shared.groups[0][0]]) + decoder.max_new_tokens)
+            for numbers, tokens in _answers(decoder, shared, ids, images, size):
+                texts = decoder.backbone.tokenizer.batch_decode(tokens, True)
+                yield numbers, [text.strip() for text in texts]
     finally:
         model.train(training)
 
 
 def generate_answers(
-    model,
-    processor,
-    prompts: Sequence[str],
-    images: Sequence[Path | None],
-    max_new_tokens: int,
-    batch_size: int | None = None,
-    features: Callable[[Path], torch.Tensor] | None = None,
+    decoder: Decoder, prompts: Sequence[str], images: Sequence[Path | None], batch_size: int | None = None
 ) -> list[str]:
-    """Return the stripped greedy answer to every question, in the order given.
-
-    `prompts` are questions, with `<image>` where `images` has a path. The rest as for `answer_batches`; raises what
-    `encode_questions` raises.
-    """
-    ids, answers = encode_questions(model.config, processor.tokenizer, prompts, images), [""] * len(prompts)
-    for chosen, texts in answer_batches(model, processor, ids, images, max_new_tokens, batch_size, features):
+    """Return the stripped greedy answer to every question, in the order given; `prompts` as in `encode_questions`, the
+    rest as in `answer_batches`. Raises what both raise."""
+    ids, answers = encode_questions(decoder.backbone, prompts, images), [""] * len(prompts)
+    for chosen, texts in answer_batches(decoder, ids, images, batch_size):
         for number, text in zip(chosen, texts, strict=True):
             answers[number] = text
     return answers
 
 
 def _answers(
-    decoder: Decoder, shared: Shared, ids: Sequence[list[int]], images: Sequence[Path | None], size: int, read: Callable
+    decoder: Decoder, shared: Shared, ids: Sequence[list[int]], images: Sequence[Path | None], size: int
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
     """Yield numbers and answers' tokens of the questions that share a prefix."""
     waiting = deque(shared.groups)
     paths = [image for group in waiting if (image := images[group[0]])]
-    with Ahead(read, paths, size) as pictures:
+    with Ahead(decoder.backbone.picture, paths, size) as pictures:
         while waiting:
             block = [waiting.popleft()]
             while waiting and sum(map(len, block)) + len(waiting[0]) <= size:
                 block.append(waiting.popleft())
-            opened, pixels, fault = _opened(block, images, pictures)
-            largest, answered = min(size, sum(map(len, opened))), set()
+            opened, fault = _opened(block, images, pictures)
+            largest, answered = min(size, sum(map(len, opened.groups))), set()
             try:
-                for numbers, tokens in _answer_block(decoder, shared.prefix, ids, opened, pixels, size):
+                for numbers, tokens in _answer_block(decoder, shared.prefix, ids, opened, size):
                     answered.update(numbers)
                     yield numbers, tokens
             except torch.OutOfMemoryError as error:
@@ -119,35 +104,37 @@ def _answers(
                 raise fault
 
 
+class Opened(NamedTuple):
+    """Groups of questions, a group a picture, and what the model takes of their pictures; None without any."""
+
+    groups: list[list[int]]
+    pictures: list[dict[str, torch.Tensor]] | None
+
+
 def _opened(
     block: list[list[int]], images: Sequence[Path | None], pictures: Ahead
-) -> tuple[list[list[int]], torch.Tensor | None, UnreadablePicture | None]:
-    """Return the groups whose picture could be opened, their pictures, and what is wrong with another group's."""
+) -> tuple[Opened, UnreadablePicture | None]:
+    """Return the groups whose picture could be opened, and what is wrong with another group's."""
     if images[block[0][0]] is None:
-        return block, None, None
-    opened, pixels, fault = [], [], None
+        return Opened(block, None), None
+    found, fault = Opened([], []), None
     for group, picture in zip(block, pictures.take([images[group[0]] for group in block]), strict=True):
         try:
-            pixels.append(picture.result())
-            opened.append(group)
+            found.pictures.append(picture.result())
+            found.groups.append(group)
         except OSError as error:
             fault = fault or UnreadablePicture(group[0], error)
-    return opened, torch.stack(pixels) if pixels else None, fault
+    return found, fault
 
 
 def _answer_block(
-    decoder: Decoder,
-    shared: list[int],
-    ids: Sequence[list[int]],
-    groups: list[list[int]],
-    pixels: torch.Tensor | None,
-    size: int,
+    decoder: Decoder, shared: list[int], ids: Sequence[list[int]], opened: Opened, size: int
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """Yield numbers and answers' tokens of groups of questions, a group a picture, at most `size` at once."""
-    if not groups:
+    """Yield numbers and answers' tokens of groups of questions that share a prefix, at most `size` at once."""
+    if not opened.groups:
         return
-    prefix = decoder.prefix(shared, pixels)
-    row_of = {number: row for row, group in enumerate(groups) for number in group}
+    prefix = decoder.prefix(shared, opened.pictures)
+    row_of = {number: row for row, group in enumerate(opened.groups) for number in group}
     batches = _batches(ids, list(row_of), size, may_pad(decoder.model))
     for batch in batches:
         start = prefix if batch is batches[-1] else prefix.copied()
@@ -165,7 +152,3 @@ def _batches(ids: Sequence[list[int]], numbers: list[int], size: int, padded: bo
     count = -(-len(numbers) // size)
     width = -(-len(numbers) // count)
     return [numbers[start : start + width] for start in range(0, len(numbers), width)]
-
-
-def _pixels(image_processor, path: Path) -> torch.Tensor:
-    return to_pixels(image_processor, [load_image(path)])[0]

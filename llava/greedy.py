@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llava.backbone import Backbone
 from llava.prefix import Prefix
 
 ON_CPU, MOST = 64, 256  # questions answered at once: without a GPU, and with one at most
@@ -13,10 +14,10 @@ SPARE = 0.2  # of the free memory, for the vision tower, the logits and fragment
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model, its tokenizer and how long an answer may be."""
+    """A model, its backbone and how long an answer may be."""
 
     model: torch.nn.Module
-    tokenizer: object
+    backbone: Backbone
     max_new_tokens: int
 
     @property
@@ -28,20 +29,25 @@ class Decoder:
         """The context to compute in: adapters may be float32 on a base that is not."""
         return torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def prefix(self, ids: Sequence[int], pixels: torch.Tensor | None) -> Prefix:
-        """Return the caches of `Prefix.of`."""
-        if pixels is not None:
-            pixels = pixels.to(self.model.device, self.dtype)
+    def prefix(self, ids: Sequence[int], pictures: Sequence[dict[str, torch.Tensor]] | None) -> Prefix:
+        """Return the cache of these ids with each of the pictures, a row each; None: one row without any."""
+        rows, more = 1, {}
+        if pictures is not None:
+            rows, more = len(pictures), self.backbone.stack(pictures)
+            more = {key: self._placed(tensor) for key, tensor in more.items()}
         with self.precision():
-            return Prefix.of(self.model, ids, pixels)
+            return Prefix.of(self.model, ids, rows, more)
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.model.device, self.dtype if tensor.is_floating_point() else None)
 
     def answer(self, prefix: Prefix, questions: Sequence[list[int]]) -> list[list[int]]:
         """Return the token ids of the answers, without the end of text. `prefix` has a row a question and is used up.
 
         Equal to stock `generate`, except that a question leaves the batch when it is answered.
         """
-        width, device, end = max(map(len, questions)), self.model.device, self.tokenizer.eos_token_id
-        inputs = [[self.tokenizer.pad_token_id] * (width - len(question)) + question for question in questions]
+        width, device, end = max(map(len, questions)), self.model.device, self.backbone.tokenizer.eos_token_id
+        inputs = [[self.backbone.tokenizer.pad_token_id] * (width - len(question)) + question for question in questions]
         real = [[0] * (width - len(question)) + [1] * len(question) for question in questions]
         inputs, real = torch.tensor(inputs, device=device), torch.tensor(real, device=device)
         positions, seen = prefix.positions(real), torch.cat([real.new_ones(len(real), prefix.length), real], 1)
@@ -75,8 +81,7 @@ class Decoder:
                 logits_to_keep=1,
             )
         logits = output.logits[:, -1].float()
-        # The picture's placeholder has a row in the head but is no word (see llava.trainer.token_loss).
-        logits[:, self.model.config.image_token_id] = -torch.inf
+        logits[:, self.backbone.silent] = -torch.inf
         return logits.argmax(-1)
 
 

@@ -7,7 +7,7 @@ without padding, and all that is kept lies in the cache. The caches are transfor
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ class Shared(NamedTuple):
     groups: list[list[int]]
 
 
-def shared_prefixes(ids: Sequence[list[int]], images: Sequence, image_id: int) -> Iterator[Shared]:
+def shared_prefixes(ids: Sequence[list[int]], images: Sequence, image_id: int | None) -> Iterator[Shared]:
     """Yield the questions by the prefix that they share, those with most tokens first.
 
     A prefix reaches at least to the picture's last token `image_id`, and on as far as all its questions are alike; it
@@ -62,12 +62,10 @@ class Prefix:
     rows: int
 
     @classmethod
-    def of(cls, model, ids: Sequence[int], pixels: torch.Tensor | None) -> "Prefix":
-        """Run `ids` with each of the pictures `pixels`, as the vision tower takes them; None: one row without any."""
-        rows = 1 if pixels is None else len(pixels)
-        cache, more = DynamicCache(config=model.config), {} if pixels is None else {"pixel_values": pixels}
-        inputs = torch.tensor([ids], device=model.device).expand(rows, -1)
-        model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **more)
+    def of(cls, model, ids: Sequence[int], rows: int, pictures: Mapping[str, torch.Tensor]) -> "Prefix":
+        """Run `ids` in so many rows, each with its own of the `pictures`, by the names of the model's arguments."""
+        cache, inputs = DynamicCache(config=model.config), torch.tensor([ids], device=model.device).expand(rows, -1)
+        model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **pictures)
         return cls(cache, len(ids), rows)
 
     def copied(self) -> "Prefix":

@@ -2,22 +2,17 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import ModelOutput
 
-from llava.conversation import IGNORE
-from llava.dataset import Collator, InstructionDataset
-from llava.features import blank_pixels
+from llava.adapters import is_connector, trainable_parameters
+from llava.dataset import Collator, InstructionDataset, shows_pictures
 from llava.hooks import TrainHooks
-from llava.model import is_projector, trainable_parameters
 from llava.sampler import ModalityLengthSampler
 
 NORMALISATIONS = ("local", "global")
@@ -32,7 +27,7 @@ SETTINGS = {
     "logging_nan_inf_filter": False,
     "remove_unused_columns": False,
     "dataloader_pin_memory": False,
-    "ddp_find_unused_parameters": False,  # every batch reaches every parameter, see `_no_gradient`
+    "ddp_find_unused_parameters": False,  # every batch reaches every parameter, see Backbone.without_picture
 }
 
 
@@ -44,7 +39,7 @@ def training_arguments(output_dir: str | Path, **settings) -> TrainingArguments:
 class LlavaTrainer(Trainer):
     """Trains what `attach_lora` made trainable.
 
-    `projector_lr` is the projector's learning rate, None for that of the rest. `normalisation` says what a gradient is
+    `connector_lr` is the connector's learning rate, None for that of the rest. `normalisation` says what a gradient is
     the mean over: "local" averages over the supervised tokens of each micro-batch and then over micro-batches and
     devices alike (transformers 4.31, the released code), "global" over all supervised tokens of the step.
     """
@@ -54,20 +49,18 @@ class LlavaTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         dataset: InstructionDataset,
-        pad_id: int,
-        projector_lr: float | None = None,
+        connector_lr: float | None = None,
         normalisation: str = "local",
         hooks: TrainHooks | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
     ):
         if normalisation not in NORMALISATIONS:
             raise ValueError(f"loss normalisation is {normalisation!r}; it must be one of {NORMALISATIONS}")
-        self.projector_lr, self.normalisation, self.hooks = projector_lr, normalisation, hooks or TrainHooks()
-        super().__init__(model, args, Collator(pad_id), dataset, callbacks=list(callbacks))
+        self.connector_lr, self.normalisation, self.hooks = connector_lr, normalisation, hooks or TrainHooks()
+        self.backbone = dataset.backbone
+        super().__init__(model, args, Collator(self.backbone), dataset)
         self.remove_callback(PrinterCallback)
         self.add_callback(EpochOrder(self))
         self.loss_is_scaled_for_ga = normalisation == "global"
-        self.image_id = model.config.image_token_id
 
     def _get_train_sampler(self, train_dataset=None) -> ModalityLengthSampler:
         lengths = self.train_dataset.modality_lengths
@@ -88,23 +81,23 @@ class LlavaTrainer(Trainer):
         return epochs, 0
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Build the configured optimizer over four groups: (rest, projector) x (decayed, not decayed)."""
+        """Build the configured optimizer over four groups: (rest, connector) x (decayed, not decayed)."""
         if self.optimizer is None:
             model = model or self.model
             decayed = set(self.get_decay_parameter_names(model))
-            projector_lr = self.args.learning_rate if self.projector_lr is None else self.projector_lr
+            connector_lr = self.args.learning_rate if self.connector_lr is None else self.connector_lr
             groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
             for name, parameter in trainable_parameters(model).items():
-                groups.setdefault((is_projector(name), name in decayed), []).append(parameter)
+                groups.setdefault((is_connector(name), name in decayed), []).append(parameter)
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(
                 [
                     {
-                        "params": groups[projector, decay],
-                        "lr": projector_lr if projector else self.args.learning_rate,
+                        "params": groups[connector, decay],
+                        "lr": connector_lr if connector else self.args.learning_rate,
                         "weight_decay": self.args.weight_decay if decay else 0.0,
                     }
-                    for projector, decay in sorted(groups)
+                    for connector, decay in sorted(groups)
                 ],
                 **settings,
             )
@@ -112,17 +105,15 @@ class LlavaTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the loss of one micro-batch; logits are computed for the supervised positions alone."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        with nullcontext() if "pixel_values" in inputs else blank_picture(self.model):
-            outputs, targets = supervised_logits(model, inputs, labels)
-        loss = token_loss(outputs.logits, targets, self.image_id)
+        with nullcontext() if shows_pictures(inputs) else self.backbone.without_picture(self.model):
+            outputs, targets = self.backbone.answer_logits(model, inputs)
+        loss = self.backbone.token_loss(outputs.logits, targets)
         if self.normalisation == "local":
             loss = loss / len(targets)
         else:
             devices = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = loss * devices / num_items_in_batch
-        extra = self.hooks.loss(model, {**inputs, "labels": labels}, outputs)
+        extra = self.hooks.loss(model, inputs, outputs)
         if extra is not None:
             # The Trainer divides a local loss by the accumulation steps, and takes a global one as it is.
             shares = self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
@@ -160,58 +151,6 @@ class LlavaTrainer(Trainer):
     def floating_point_ops(self, inputs) -> int:
         """Zero: nobody reads the estimate, and the stock one walks through all modules at every step."""
         return 0
-
-
-def supervised_logits(
-    model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor
-) -> tuple[ModelOutput, torch.Tensor]:
-    """Run `model` and return its outputs and targets for the positions that predict a supervised token.
-
-    `labels` is `[batch, length]`; `outputs.logits` is `[tokens, vocabulary]` and the targets are `[tokens]`.
-    """
-    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    supervised = targets != IGNORE
-    outputs = model(**inputs, logits_to_keep=supervised, use_cache=False)
-    return outputs, targets[supervised]
-
-
-def token_loss(logits: torch.Tensor, targets: torch.Tensor, image_id: int) -> torch.Tensor:
-    """Return the summed cross entropy of `[tokens, vocabulary]` logits, in float32.
-
-    The picture's placeholder is no word a model could say: it stays out of the distribution, as in the original, whose
-    vocabulary does not have it.
-    """
-    column = torch.tensor([image_id], device=logits.device)
-    return functional.cross_entropy(logits.float().index_fill(1, column, -torch.inf), targets, reduction="sum")
-
-
-def answer_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return -log p of a collated batch's answers: the summed cross entropy of its supervised tokens."""
-    inputs = dict(batch)
-    outputs, targets = supervised_logits(model, inputs, inputs.pop("labels"))
-    return token_loss(outputs.logits, targets, model.config.image_token_id)
-
-
-@contextmanager
-def blank_picture(model: nn.Module) -> Iterator[None]:
-    """Lets a batch without pictures go through vision tower and projector like others, and changes nothing.
-
-    As in the original, which sends an empty picture along: the projector's gradient is zero rather than absent, so
-    that the optimizer's moments keep decaying. And engines need it: where one rank has pictures and another has none,
-    DDP waits for gradients that never come, and ZeRO, which reduces them in the order in which the backward pass makes
-    them, adds up those of different tensors without a word. So it enters where pictures enter, at the embeddings.
-    """
-    owner = model.get_base_model().model
-
-    def add(embeddings, inputs, output):
-        features = owner.get_image_features(pixel_values=blank_pixels(owner)).pooler_output
-        return output + (features[0].sum() * 0.0).to(output.dtype)
-
-    handle = model.get_input_embeddings().register_forward_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 class EpochOrder(TrainerCallback):

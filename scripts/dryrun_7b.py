@@ -28,10 +28,10 @@ from llaca.config import CONFIGS, load_recipe
 from llaca.plan import GB, plan
 from llaca.records import load_stream
 from llaca.train import run
-from llava.base import read_base, split_base, write_base
+from llava.backbones import open_backbone
+from llava.backbones.llava15 import padding_processor
 from llava.dataset import InstructionDataset
-from llava.image import padding_processor
-from llava.model import image_tokens, open_processor
+from llava.original.base import read_base, split_base, write_base
 
 ROOT = Path(__file__).parents[1]
 PIECES = ROOT / "tests" / "golden" / "llava_original" / "vicuna-tiny"
@@ -117,10 +117,9 @@ def write_tokenizer(folder: Path, size: int) -> None:
 
 def longest(recipe, base: Path) -> int:
     """Tokens of the longest record that is trained on, its picture included."""
-    config, processor = open_processor(base)
-    tokens, limit = image_tokens(config), recipe.train.max_length
+    backbone, limit = open_backbone(base), recipe.train.max_length
     own = [
-        InstructionDataset(records.prepared.columns, processor, tokens, limit, rows=records.rows)
+        InstructionDataset(records.prepared.columns, backbone, limit, rows=records.rows)
         for records in load_stream(recipe).values()
     ]
     return max(dataset.length(number) for dataset in own for number in range(len(dataset)))

@@ -31,7 +31,19 @@ import torch
 from llaca.beta import VARIANTS
 from llaca.config import Recipe
 from llaca.ema import DynamicAverage
-from scripts.random_llava import ROOT, SIZES, TINY, Context, Records, asked, configuration, random_model, train
+from llava.backbones.llava15 import Llava15
+from scripts.random_llava import (
+    ROOT,
+    SIZES,
+    TINY,
+    Context,
+    Records,
+    asked,
+    backbone_of,
+    configuration,
+    random_model,
+    train,
+)
 
 ZERO = ROOT / "scripts"
 AGREE = 1e-4  # relative, in float32 without TF32
@@ -81,14 +93,16 @@ def machine(context: Context) -> Part:
 def step(context: Context, *more: str) -> Part:
     """Step times with gradient checkpointing, or as the recipe fields `more` say."""
     from llaca import ranks
-    from llava.model import attach_lora
+    from llava.adapters import attach_lora
 
     ranks.start()
     size = context.size
     more = more or ("--gradient-checkpointing", "true")
     recipe = context.recipe(*more)
     model = random_model(configuration(size.base), size.dtype, context.device)
-    return timed(context, attach_lora(model, recipe.model.lora_rank, recipe.model.lora_alpha, 0.05), recipe, more)
+    return timed(
+        context, attach_lora(model, Llava15, recipe.model.lora_rank, recipe.model.lora_alpha, 0.05), recipe, more
+    )
 
 
 def timed(context: Context, model, recipe: Recipe, more: tuple[str, ...]) -> Part:
@@ -97,7 +111,7 @@ def timed(context: Context, model, recipe: Recipe, more: tuple[str, ...]) -> Par
 
     size, clocks = context.size, {}
     planned = plan(recipe, 1, size.tokens, context.device.type)["DDP"].total
-    records = Records(configuration(size.base), recipe.train.batch_size * size.steps, size.tokens)
+    records = Records(backbone_of(configuration(size.base)), recipe.train.batch_size * size.steps, size.tokens)
     for method in ("lora", "llaca"):
         gc.collect()
         if context.cuda:
@@ -170,7 +184,7 @@ def engine(context: Context, name: str) -> Part:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from llaca import ranks
-    from llava.model import attach_lora
+    from llava.adapters import attach_lora
 
     zero = "none" if name in ("one", "ddp") else name
     if name != "one":
@@ -184,8 +198,8 @@ def engine(context: Context, name: str) -> Part:
         own = context._replace(size=SIZES["tiny"])
         recipe = own.recipe("--dtype", dtype, "--learning-rate", "1e-3", "--gradient-checkpointing", "false")
         torch.manual_seed(0)
-        model = attach_lora(random_model(config, getattr(torch, dtype), context.device), 16, 32, 0.0)
-        records, more = Records(config, 12, own.size.tokens), {"lr_scheduler_type": "constant"}
+        model = attach_lora(random_model(config, getattr(torch, dtype), context.device), Llava15, 16, 32, 0.0)
+        records, more = Records(backbone_of(config), 12, own.size.tokens), {"lr_scheduler_type": "constant"}
         more |= {"tf32": False} if context.cuda else {}
         more |= {"deepspeed": str(ZERO / f"zero{zero}.json")} if zero != "none" else {}
         folder = context.work / f"engine-{name}-{dtype}"
@@ -223,15 +237,16 @@ def agreement(context: Context) -> Part:
 def answers(context: Context) -> Part:
     """Answers a second, by picture and one question at a time."""
     from llava.generate import generate_answers
+    from llava.greedy import Decoder
 
     config = configuration(context.size.base)
-    processor, questions, paths = asked(context, config)
+    backbone, questions, paths = asked(context, config)
     model = random_model(config, context.size.dtype, context.device).eval()
     shared, found, said = [paths[n - n % 4] for n in range(len(paths))], {}, {}
     for name, images in (("warm", paths[:4]), ("by_picture", shared), ("one_by_one", paths)):
         context.wait()
         start = time.perf_counter()
-        said[name] = generate_answers(model, processor, questions[: len(images)], images, 16, 32)
+        said[name] = generate_answers(Decoder(model, backbone, 16), questions[: len(images)], images, 32)
         context.wait()
         found[name] = len(images) / (time.perf_counter() - start)
     same = sum(a == b for a, b in zip(said["by_picture"], said["one_by_one"], strict=True))
@@ -242,7 +257,7 @@ def answers(context: Context) -> Part:
 
 def inputs(context: Context, config) -> dict[str, torch.Tensor]:
     """Two records for a forward pass."""
-    items = Records(config, 2, context.size.tokens).items
+    items = Records(backbone_of(config), 2, context.size.tokens).items
     return {
         "input_ids": torch.stack([item["input_ids"] for item in items]).to(context.device),
         "pixel_values": torch.stack([item["pixel_values"] for item in items]).to(context.device, context.size.dtype),
@@ -252,12 +267,13 @@ def inputs(context: Context, config) -> dict[str, torch.Tensor]:
 def nf4(context: Context) -> Part:
     """Steps on an NF4 base: their time and memory."""
     from llaca import ranks
-    from llava.model import attach_lora, load_base
+    from llava.adapters import attach_lora
+    from llava.backbones import load_base
 
     ranks.start()
     size = context.size
     config = configuration(size.base, size.layers)
-    processor, *_ = asked(context, config)
+    processor = backbone_of(config).processor
     text = config.text_config
     text.vocab_size = len(processor.tokenizer)
     if text.hidden_size % 64:  # bitsandbytes takes multiples of 64
@@ -277,7 +293,7 @@ def nf4(context: Context) -> Part:
     more = ("--base", str(folder), "--quantization", "nf4", "--gradient-checkpointing", "true")
     own = context._replace(size=size._replace(base=folder))
     recipe = own.recipe(*more)
-    model = attach_lora(model, recipe.model.lora_rank, recipe.model.lora_alpha, 0.05)
+    model = attach_lora(model, Llava15, recipe.model.lora_rank, recipe.model.lora_alpha, 0.05)
     part = timed(own, model, recipe, more)
     return Part({**part.found, "layers": size.layers, "logits_off": apart}, {**part.checks, "logits": (apart, 0.5)})
 

@@ -34,7 +34,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from data.mini import corpus
 from data.mini.tasks import TASKS
 from data.mini.world import AUTHORS, COLORS, GENRES, GLYPHS, GRID, SHAPES, SIDE, SIGNS, TITLES, Scene, draw
-from llava.conversation import SYSTEM, encode
+from llava.backbones.llava15 import PLACEHOLDER, SYSTEM, VICUNA
+from llava.conversation import Vocabulary, encode
 
 PATCH, TOKENS = 8, (SIDE // 8) ** 2
 NAMES = [
@@ -82,7 +83,7 @@ def train_tokenizer(instructions: Path, samples: int = 20_000) -> LlamaTokenizer
         model_max_length=512,
         padding_side="right",
         add_bos_token=True,
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens={"image_token": PLACEHOLDER},
     )
     tokenizer.add_tokens([AddedToken(SYSTEM, normalized=False)])
     return tokenizer
@@ -133,7 +134,7 @@ def build_model(tokenizer: LlamaTokenizer) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids(PLACEHOLDER),
         image_seq_length=TOKENS,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -205,6 +206,7 @@ class Batches:
 
     def __init__(self, processor: LlavaProcessor, seed: int):
         self.processor, self.rng = processor, random.Random(seed)
+        self.vocabulary = Vocabulary.of(processor.tokenizer, VICUNA)
         mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
         self.fill = tuple(int(255 * m) for m in mean)
         self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
@@ -225,7 +227,7 @@ class Batches:
         return self.pixels(scenes), torch.stack([patch_targets(s) for s in scenes])
 
     def encode(self, turns: list[corpus.Turn]) -> tuple[list[int], list[int]]:
-        encoded = encode(self.processor.tokenizer, turns, TOKENS, 512)
+        encoded = encode(self.vocabulary, turns, TOKENS, 512)
         return encoded.input_ids, encoded.labels
 
     def conversations(self, size: int, text_share: float, echo: bool) -> tuple[dict, torch.Tensor]:

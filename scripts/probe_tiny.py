@@ -15,9 +15,9 @@ from pathlib import Path
 from data.mini import corpus
 from data.mini.world import draw
 from eval.tasks.grounding import intersection_over_union
-from llava.features import cache_features, use_features
+from llava.backbones import load_base
 from llava.generate import generate_answers
-from llava.model import load_base
+from llava.greedy import Decoder
 
 SKILLS = [  # (skill, kind of scene or None, what its questions begin with)
     ("name an object", "portrait", r"(Tell me what you see|Describe this)"),
@@ -91,14 +91,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=987654321, help="not the seed of pre-training")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    model, processor = load_base(args.base)
+    model, backbone = load_base(args.base)
     with tempfile.TemporaryDirectory() as folder:
         cases = questions(args.per_skill, Path(folder), args.seed)
         flat = [case for rows in cases.values() for case in rows]
-        features = cache_features(model, processor.image_processor, [path for *_, path in flat if path])
-        use_features(model)
+        features = backbone.vision_features(model, [[path for *_, path in flat if path]])
+        backbone.use_features(model, features)
         texts = [text for text, *_ in flat]
-        answers = iter(generate_answers(model, processor, texts, [p for *_, p in flat], 40, 64, features))
+        answers = iter(generate_answers(Decoder(model, backbone, 40), texts, [p for *_, p in flat], 64))
     scores = {}
     for skill, rows in cases.items():
         given = [next(answers) for _ in rows]

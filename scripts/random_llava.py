@@ -11,6 +11,9 @@ from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, TrainerCallback
 
 from llaca.config import CONFIGS, Recipe, load_recipe
+from llava.backbones import open_backbone
+from llava.backbones.llava15 import Llava15
+from llava.conversation import IGNORE
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "checkpoints" / "tiny-llava"
@@ -87,12 +90,10 @@ def configuration(base: Path, layers: int | None = None) -> LlavaConfig:
 class Records(torch.utils.data.Dataset):
     """`count` random records of `tokens` tokens, each with a random picture, eight tokens supervised."""
 
-    def __init__(self, config: LlavaConfig, count: int, tokens: int):
-        from llava.conversation import IGNORE
-        from llava.model import image_tokens
-
+    def __init__(self, backbone: Llava15, count: int, tokens: int):
+        self.backbone, config = backbone, backbone.config
         generator = torch.Generator().manual_seed(1)
-        pictures, side = image_tokens(config), config.vision_config.image_size
+        pictures, side = int(backbone.picture_tokens(Path(), [""])[0]), config.vision_config.image_size
         self.items = []
         for _ in range(count):
             ids = torch.randint(3, 259, (tokens,), generator=generator)
@@ -133,7 +134,7 @@ def train(context: Context, model, recipe: Recipe, records: Records, steps: int,
     """Trains by the recipe's method; returns the method, its Tap and the clock."""
     from llaca.callbacks import Tap
     from llaca.methods import method_of
-    from llava.model import adapter_state
+    from llava.adapters import adapter_state
     from llava.trainer import LlavaTrainer, training_arguments
 
     arguments = training_arguments(
@@ -153,24 +154,28 @@ def train(context: Context, model, recipe: Recipe, records: Records, steps: int,
     )
     start = adapter_state(model) if settings.get("deepspeed") else None
     method, clock = method_of(recipe), Clock(context)
-    trainer = LlavaTrainer(model, arguments, records, 0, recipe.train.projector_learning_rate, "local", method, [clock])
+    trainer = LlavaTrainer(model, arguments, records, recipe.train.projector_learning_rate, "local", method)
+    trainer.add_callback(clock)
     tap = Tap(method, True, steps, start, "clipped")
     tap.attach(trainer)
     trainer.train()
     return method, tap, clock
 
 
+def backbone_of(config: LlavaConfig) -> Llava15:
+    """That of these sizes, with the shipped base's words."""
+    tiny, side = open_backbone(TINY), config.vision_config.image_size
+    pictures = tiny.processor.image_processor
+    pictures.size, pictures.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
+    config.image_token_index = tiny.placeholder
+    return Llava15(config, tiny.processor)
+
+
 def asked(context: Context, config: LlavaConfig):
-    """A processor for these sizes, four questions, and the paths of as many pictures as there are answers."""
+    """A backbone for these sizes, four questions, and the paths of as many pictures as there are answers."""
     from PIL import Image
 
-    from llava.model import load_processor
-
-    tiny = LlavaConfig.from_pretrained(TINY)
-    processor, side = load_processor(TINY, tiny), config.vision_config.image_size
-    processor.image_processor.size = {"shortest_edge": side}
-    processor.image_processor.crop_size = {"height": side, "width": side}
-    config.image_token_index = tiny.image_token_id
+    backbone, side = backbone_of(config), config.vision_config.image_size
     paths = []
     for number in range(4 * context.size.pictures):
         path = context.work / f"{number}.png"
@@ -178,4 +183,4 @@ def asked(context: Context, config: LlavaConfig):
         Image.new("RGB", (side, side - 20), colour).save(path)
         paths.append(path)
     asks = ("What is it?", "Which colour has it?", "How many are there?", "Is it a bird?")
-    return processor, [f"<image>\n{ask}" for ask in asks] * context.size.pictures, paths
+    return backbone, [f"<image>\n{ask}" for ask in asks] * context.size.pictures, paths

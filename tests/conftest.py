@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from data.records import load_samples
-from llava.base import assemble
-from llava.conversation import SYSTEM
-from llava.model import load_base
+from llava.backbones import load_base
+from llava.backbones.llava15 import SYSTEM, Llava15
+from llava.original.base import assemble
 
 ORIGINAL = Path(__file__).parent / "golden" / "llava_original"
 
@@ -101,7 +101,7 @@ def tiny_base(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny(tiny_base):
-    """A fresh copy of that model and its processor."""
+    """A fresh copy of that model and its backbone."""
     return load_base(tiny_base)
 
 
@@ -147,6 +147,7 @@ def original() -> SimpleNamespace:
         folder=ORIGINAL,
         model=model.eval(),
         processor=processor,
+        backbone=Llava15(model.config, processor),
         samples=load_samples(ORIGINAL / "train.json", ORIGINAL),
         expected=json.loads((ORIGINAL / "expected.json").read_text()),
         tensors=load_file(ORIGINAL / "expected.safetensors"),

@@ -20,8 +20,10 @@ from llaca.config import load_recipe
 from llaca.engines.deepspeed import cast_for_engine, sharded_loading
 from llaca.methods.base import Method
 from llaca.methods.llaca import LLaCA
+from llava.adapters import adapter_state, attach_lora, is_connector
+from llava.backbones import load_base
+from llava.backbones.llava15 import Llava15
 from llava.dataset import InstructionDataset
-from llava.model import adapter_state, attach_lora, is_projector, load_base
 from llava.trainer import LlavaTrainer, training_arguments
 
 FAULTY = "layers.1.self_attn.v_proj.lora_B.default.weight"
@@ -42,7 +44,7 @@ class Recorder(Method):
             raise FloatingPointError(f"not finite: {broken}")
         total = shards.sum(table)
         self.norms.append(total.sum().sqrt().item())
-        own = torch.tensor([is_projector(name) for name in shards.names])
+        own = torch.tensor([is_connector(name) for name in shards.names])
         self.projector.append(total[own].sum().sqrt().item())
 
 
@@ -63,13 +65,13 @@ def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) 
     """One short training; returns the gradients' norms or the error."""
     sharded, dtype = name.startswith("sharded"), torch.bfloat16 if name.endswith("bf16") else torch.float32
     with sharded_loading("3" if sharded else "none", dtype):
-        model, processor = load_base(base, dtype if sharded else torch.float32)
+        model, backbone = load_base(base, dtype if sharded else torch.float32)
     weighs = name == "bytes"
     torch.manual_seed(0)
-    model = attach_lora(model, 64 if weighs else 4, 8, 0.0)
+    model = attach_lora(model, Llava15, 64 if weighs else 4, 8, 0.0)
     samples = load_samples(data / "train.json", data)  # 10 with a picture, 6 without
     samples = {"text": samples[10:], "turns": samples[:8] + samples[12:]}.get(name, samples)
-    dataset = InstructionDataset(samples, processor, 36, 512)
+    dataset = InstructionDataset.of_samples(samples, backbone, 512)
     method = Weighed(load_recipe(["--method", "llaca", "--average", "eq45"]).settings) if weighs else Recorder()
     if name == "nan":
         poisoned = next(p for path, p in model.named_parameters() if path.endswith(FAULTY))
@@ -97,7 +99,7 @@ def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) 
         bf16=dtype == torch.bfloat16,
         deepspeed=zero,
     )
-    trainer = LlavaTrainer(model, arguments, dataset, 0, None, "global", method)
+    trainer = LlavaTrainer(model, arguments, dataset, None, "global", method)
     tap = Tap(
         method,
         True,
@@ -117,7 +119,7 @@ def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) 
     weights = tap.layout.gather(tap.layout.shards().parameters)
     moved = {key: (weight - start[key]).abs().sum().item() for key, weight in weights.items()}
     told = {
-        "projector": sum(value for key, value in moved.items() if is_projector(key)),
+        "projector": sum(value for key, value in moved.items() if is_connector(key)),
         "all": sum(moved.values()),
         "lora": all(value > 0 for key, value in moved.items() if "lora_B" in key),
     }
@@ -138,9 +140,9 @@ def clipping(base: Path, data: Path, folder: Path) -> dict:
     (folder / "silent").write_text(json.dumps(silent))
     for file in [*files, folder / "silent"]:
         for norm in (0.0, 0.5):
-            model, processor = load_base(base)
-            model = attach_lora(model, 4, 8, 0.0)
-            dataset = InstructionDataset(load_samples(data / "train.json", data)[:2], processor, 36, 512)
+            model, backbone = load_base(base)
+            model = attach_lora(model, Llava15, 4, 8, 0.0)
+            dataset = InstructionDataset.of_samples(load_samples(data / "train.json", data)[:2], backbone, 512)
             arguments = training_arguments(
                 folder / "clipping",
                 max_steps=1,
@@ -149,7 +151,7 @@ def clipping(base: Path, data: Path, folder: Path) -> dict:
                 disable_tqdm=True,
                 deepspeed=str(file),
             )
-            trainer = LlavaTrainer(model, arguments, dataset, 0)
+            trainer = LlavaTrainer(model, arguments, dataset)
             Tap(Recorder(), True, 1, None, "clipped").attach(trainer)
             try:
                 trainer.train()

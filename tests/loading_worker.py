@@ -20,10 +20,10 @@ from data.columns import training_columns
 from data.preprocess import Prepared, Source
 from data.records import load_samples
 from llaca import ranks
+from llaca.adapted import load_adapted
 from llaca.config import load_recipe
 from llaca.methods import method_of
 from llaca.records import TaskRecords
-from llaca.student import load_student
 
 LINE = ["--method", "llaca", "--dtype", "bfloat16", "--lora_rank", "16", "--reuse-vision-features", "false"]
 
@@ -62,7 +62,7 @@ def held(model: torch.nn.Module) -> dict[str, int]:
 def load(base: str, zero: str, records: dict | None = None):
     more = ["--dtype", "float32", "--reuse-vision-features", "true"] if records else []
     recipe = load_recipe([*LINE, "--base", base, "--zero", zero, *more])
-    return load_student(recipe, records or {}, method_of(recipe))
+    return load_adapted(recipe, records or {}, method_of(recipe))
 
 
 def main() -> None:
@@ -71,8 +71,8 @@ def main() -> None:
     load(warmup, zero)  # libraries come in, and their thread pools
     gc.collect()
     peak = Peak()
-    student = load(base, zero)
-    told = {**held(student.model), "peak": peak.most - peak.before}
+    adapted = load(base, zero)
+    told = {**held(adapted.model), "peak": peak.most - peak.before}
     everyone = [None] * ranks.count()
     dist.all_gather_object(everyone, told)
     samples = load_samples(Path(data) / "train.json", Path(data))

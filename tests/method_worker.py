@@ -20,8 +20,9 @@ from llaca.config import ModelConfig, load_recipe
 from llaca.inputs import input_energies, width
 from llaca.methods import METHODS
 from llaca.methods.base import StageView
+from llava.adapters import trainable_parameters
+from llava.backbones import load_base
 from llava.dataset import InstructionDataset
-from llava.model import load_base, trainable_parameters
 from llava.trainer import LlavaTrainer, training_arguments
 
 
@@ -47,11 +48,11 @@ def memory_of(name: str, model: torch.nn.Module) -> dict:
 def train(name: str, base: Path, data: Path, folder: Path, zero: str | None, half: bool) -> dict:
     """Four optimizer steps of four records, one at a time, on as many ranks as there are; `half`: in bfloat16."""
     torch.manual_seed(0)
-    model, processor = load_base(base, torch.bfloat16 if half else torch.float32)
+    model, backbone = load_base(base, torch.bfloat16 if half else torch.float32)
     method = METHODS[name](load_recipe(["--method", name]).settings)
     rank = 4 if name == "moelora" else 3  # two experts share it
     # Dropout would differ: every rank draws its own.
-    model = method.attach(model, ModelConfig(str(base), lora_rank=rank, lora_alpha=6, lora_dropout=0.0))
+    model = method.attach(model, backbone, ModelConfig(str(base), lora_rank=rank, lora_alpha=6, lora_dropout=0.0))
     for key, weight in trainable_parameters(model).items():
         if "lora_B" in key:
             torch.nn.init.normal_(weight, 0, 0.1)
@@ -59,8 +60,8 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None, hal
         weight.requires_grad_("layers.1.mlp.gate_proj" not in key)
     samples = load_samples(data / "train.json", data)
     others = [replace(s, turns=tuple((question, "The bird.") for question, _ in s.turns)) for s in samples]
-    own, old = (InstructionDataset(each, processor, 36, 512) for each in (samples, others))
-    method.stage = StageView("new", model, own, 0, seed=5)
+    own, old = (InstructionDataset.of_samples(each, backbone, 512) for each in (samples, others))
+    method.stage = StageView("new", model, own, seed=5)
     method.recall(memory_of(name, model))
     dataset = method.extend(own, {"new": own, "old": old})
     arguments = training_arguments(
@@ -76,7 +77,7 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None, hal
         deepspeed=zero,
     )
     start = {key: weight.detach().clone() for key, weight in trainable_parameters(model).items()}
-    trainer = LlavaTrainer(model, arguments, dataset, 0, 1e-3, "local", method)
+    trainer = LlavaTrainer(model, arguments, dataset, 1e-3, "local", method)
     tap = Tap(method, True, 4, None, "clipped")
     tap.attach(trainer)
     trainer.train()

@@ -23,8 +23,10 @@ from llaca import ranks
 from llaca.callbacks import Checkpoints, Tap, latest
 from llaca.config import load_recipe
 from llaca.methods.llaca import LLaCA
+from llava.adapters import attach_lora
+from llava.backbones import load_base
+from llava.backbones.llava15 import Llava15
 from llava.dataset import InstructionDataset
-from llava.model import attach_lora, load_base
 from llava.trainer import LlavaTrainer, training_arguments
 
 # records (beyond 16: from another dataset, joined), epochs, micro-batches a step, steps to stop at (two ranks: half)
@@ -120,11 +122,11 @@ def main() -> None:
     zero = None if zero == "none" else zero
     ranks.start("2" if zero else "none")
     torch.manual_seed(0)
-    model, processor = load_base(base)
-    model = attach_lora(model, 4, 8, 0.1)  # dropout: every rank's generator has to go on, too
+    model, backbone = load_base(base)
+    model = attach_lora(model, Llava15, 4, 8, 0.1)  # dropout: every rank's generator has to go on, too
     samples = load_samples(Path(data) / "train.json", data)
     others = [replace(s, turns=tuple((question, "The bird.") for question, _ in s.turns)) for s in samples]
-    datasets = [InstructionDataset(each, processor, 36, 512) for each in (samples, others)]
+    datasets = [InstructionDataset.of_samples(each, backbone, 512) for each in (samples, others)]
     told = {}
     for case in cases:
         folder = Path(out).parent / case

@@ -20,9 +20,8 @@ from data.cache import make_once, replace_whole
 from data.columns import Texts
 from data.preprocess import Source, columns_file, open_records, prepare
 from data.records import DataError, load_samples
-from llava.conversation import Vocabulary, encode, encode_prompt, repeated
+from llava.conversation import encode, encode_prompt, repeated
 from llava.dataset import InstructionDataset
-from llava.features import cache_features, stored_features
 
 LINES = ["Answer with a word.", "Name it", "Give the box: ear"]
 
@@ -60,8 +59,7 @@ def files(tmp_path):
 
 def test_columns_hold_what_encoding_each_record_gives(own, files, tiny):
     root, train, test = files
-    tokenizer = tiny[1].tokenizer
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = tiny[1].vocabulary
     found = prepare([train, test], vocabulary)
     columns = found[train]
     assert columns.told["records"] == 90 and [p.record for p in columns.problems] == [5]
@@ -71,9 +69,9 @@ def test_columns_hold_what_encoding_each_record_gives(own, files, tiny):
     samples = load_samples(root / "whole.json", root)
     assert len(samples) == len(columns) == 89
     rows = np.arange(len(columns))
-    dataset = InstructionDataset(columns, tiny[1], 36, 512, lambda path: torch.zeros(2), "x", root, rows)
+    dataset = InstructionDataset(columns, tiny[1], 512, root, rows)
     for index, sample in enumerate(samples):
-        expected, item = encode(tokenizer, sample.turns, 36, 512), dataset[index]
+        expected, item = encode(vocabulary, sample.turns, 36, 512), dataset[index]
         assert item["input_ids"].tolist() == expected.input_ids and item["labels"].tolist() == expected.labels
         assert dataset.picture(index) == sample.image and dataset.length(index) == len(expected.input_ids)
     assert dataset.modality_lengths == [s.words if s.image else -s.words for s in samples]
@@ -85,12 +83,12 @@ def test_columns_hold_what_encoding_each_record_gives(own, files, tiny):
         begin, end = questions.span(row)
         text = f"<image>\n{question['text']}" if "image" in question else question["text"]
         ids = repeated(questions.ids[begin:end].tolist(), vocabulary.image, 36)
-        assert ids == encode_prompt(tokenizer, text, 36) and questions.asked[row] == question["text"]
+        assert ids == encode_prompt(vocabulary, text, 36) and questions.asked[row] == question["text"]
 
 
 def test_processes_of_their_own_make_the_same_bytes(own, files, tiny, monkeypatch):
     root, *sources = files
-    vocabulary = Vocabulary.of(tiny[1].tokenizer)
+    vocabulary = tiny[1].vocabulary
     prepare(sources, vocabulary)
     here = {source: columns_file(source, vocabulary).read_bytes() for source in sources}
     monkeypatch.setattr(prepare_module, "ALONE", 0)
@@ -109,7 +107,7 @@ def test_processes_of_their_own_make_the_same_bytes(own, files, tiny, monkeypatc
 
 def test_a_second_start_reads_no_record_and_no_picture(own, files, tiny, monkeypatch):
     root, *sources = files
-    vocabulary = Vocabulary.of(tiny[1].tokenizer)
+    vocabulary = tiny[1].vocabulary
     first = open_records(sources, root, vocabulary)
 
     def never(*_):
@@ -124,7 +122,7 @@ def test_a_second_start_reads_no_record_and_no_picture(own, files, tiny, monkeyp
 
 def test_what_changes_is_made_again(own, files, tiny, original):
     _, train, _ = files
-    vocabulary, other = Vocabulary.of(tiny[1].tokenizer), Vocabulary.of(original.processor.tokenizer)
+    vocabulary, other = tiny[1].vocabulary, original.backbone.vocabulary
     ids = prepare([train], vocabulary)[train].ids.tolist()
     assert prepare([train], other)[train].ids.tolist() != ids, "another tokenizer"
     assert prepare([Source(train.path, "train", "first line")], vocabulary)
@@ -139,7 +137,7 @@ def test_what_changes_is_made_again(own, files, tiny, original):
 
 def test_a_picture_that_was_missing_is_used_when_it_is_there(own, files, tiny):
     root, train, _ = files
-    vocabulary = Vocabulary.of(tiny[1].tokenizer)
+    vocabulary = tiny[1].vocabulary
     (root / "2.png").rename(root / "kept.png")
     found = open_records([train], root, vocabulary)[train]
     assert {p.kind for p in found.problems} == {"schema", "missing image"} and len(found.rows) < 89
@@ -165,7 +163,7 @@ def test_files_of_the_same_content_have_the_same_problems(own, files, monkeypatc
 
 def test_a_folder_that_may_not_be_listed_and_a_link_into_nowhere(own, files, tiny, monkeypatch):
     root, train, _ = files
-    vocabulary = Vocabulary.of(tiny[1].tokenizer)
+    vocabulary = tiny[1].vocabulary
 
     def refuse(folder, listed=os.scandir):
         if folder == root:
@@ -187,7 +185,7 @@ def test_a_cache_that_cannot_be_written_to_is_named_with_the_remedy(own, files, 
     (root / "file").write_text("")
     monkeypatch.setenv("LLACA_CACHE", str(root / "file"))
     with pytest.raises(OSError, match=r"cannot be written to .*set LLACA_CACHE to a folder that can"):
-        prepare(sources, Vocabulary.of(tiny[1].tokenizer))
+        prepare(sources, tiny[1].vocabulary)
 
 
 def test_a_column_of_texts():
@@ -198,26 +196,26 @@ def test_a_column_of_texts():
 
 def test_features_on_the_disk_are_those_computed(own, files, tiny):
     root, *_ = files
-    model, processor = tiny
+    model, backbone = tiny
     paths = [root / f"{number}.png" for number in range(4)]
-    fresh = cache_features(model, processor.image_processor, paths)
-    stored = stored_features(model, processor.image_processor, [paths[:3], paths[2:], []])
-    assert all(torch.equal(stored(path), fresh(path)) for path in paths)
+    fresh = dict(zip(paths, backbone.tower_states(model, paths), strict=True))
+    stored = backbone.vision_features(model, [paths[:3], paths[2:], []])
+    assert all(torch.equal(stored(path), fresh[path]) for path in paths)
     made = {path: path.stat().st_mtime_ns for path in (own / "features").glob("*.safetensors")}
     assert len(made) == 2
-    stored_features(model, processor.image_processor, [paths[:3]])
+    backbone.vision_features(model, [paths[:3]])
     assert {path: path.stat().st_mtime_ns for path in made} == made
     for path in made:
         path.write_bytes(path.read_bytes()[:-5])
-    assert torch.equal(stored_features(model, processor.image_processor, [paths[:3]])(paths[0]), fresh(paths[0]))
+    assert torch.equal(backbone.vision_features(model, [paths[:3]])(paths[0]), fresh[paths[0]])
     before = model.config.vision_config._attn_implementation
     model.set_attn_implementation("eager")
-    stored_features(model, processor.image_processor, [paths[:3]])
+    backbone.vision_features(model, [paths[:3]])
     model.set_attn_implementation(before)
     assert len(list((own / "features").glob("*.safetensors"))) == 3, "another attention rounds otherwise"
     Image.new("RGB", (8, 8), "blue").save(paths[0])
-    changed = stored_features(model, processor.image_processor, [paths[:3]])
-    assert not torch.equal(changed(paths[0]), fresh(paths[0])) and torch.equal(changed(paths[1]), fresh(paths[1]))
+    changed = backbone.vision_features(model, [paths[:3]])
+    assert not torch.equal(changed(paths[0]), fresh[paths[0]]) and torch.equal(changed(paths[1]), fresh[paths[1]])
 
 
 WORKER = """

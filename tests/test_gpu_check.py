@@ -10,10 +10,12 @@ import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from data.pictures import load_image
+from llava.adapters import attach_lora, trainable_parameters
+from llava.backbones import open_backbone
+from llava.backbones.llava15 import (
+    Llava15,
+)
 from llava.generate import encode_questions
-from llava.image import to_pixels
-from llava.model import attach_lora, load_processor, trainable_parameters
 from scripts import gpu_check
 from scripts.random_llava import SIZES, TINY, Context, Records, asked, configuration, random_model
 
@@ -88,8 +90,8 @@ def test_a_random_model_has_the_real_ones_tensors_and_no_empty_one():
             torch.equal(tensor, torch.ones_like(tensor)) if norm else tensor.std() < 1
         )
     assert (
-        trainable_parameters(attach_lora(model, 4, 8, 0.0)).keys()
-        == trainable_parameters(attach_lora(real, 4, 8, 0.0)).keys()
+        trainable_parameters(attach_lora(model, Llava15, 4, 8, 0.0)).keys()
+        == trainable_parameters(attach_lora(real, Llava15, 4, 8, 0.0)).keys()
     )
 
 
@@ -99,16 +101,16 @@ def test_what_is_asked_at_7b_fits_its_sizes(tmp_path):
     assert size.dtype == torch.bfloat16 and size.batch == 16
     context = Context(torch.device("cpu"), "7b", size, tmp_path)
     config = configuration(size.base, 4)
-    processor, questions, paths = asked(context, config)
+    backbone, questions, paths = asked(context, config)
     assert len(questions) == len(paths) == 4 * size.pictures
-    pixels = to_pixels(processor.image_processor, [load_image(paths[0])])
-    ids = encode_questions(config, processor.tokenizer, questions[:1], paths[:1])[0]
-    assert pixels.shape == (1, 3, 336, 336) and ids.count(config.image_token_id) == 576
-    item = Records(config, 1, size.tokens)[0]
+    pixels = backbone.picture(paths[0])["pixel_values"]
+    ids = encode_questions(backbone, questions[:1], paths[:1])[0]
+    assert pixels.shape == (3, 336, 336) and ids.count(config.image_token_id) == 576
+    item = Records(backbone, 1, size.tokens)[0]
     assert (item["input_ids"] == config.image_token_id).sum() == 576 and len(item["input_ids"]) == 700
-    config.text_config.vocab_size = len(processor.tokenizer)
-    processor.save_pretrained(tmp_path)
+    config.text_config.vocab_size = len(backbone.tokenizer)
+    backbone.processor.save_pretrained(tmp_path)
     config.save_pretrained(tmp_path)
-    load_processor(tmp_path, LlavaConfig.from_pretrained(tmp_path))  # raises unless they fit
+    open_backbone(tmp_path)  # raises unless they fit
     assert context.recipe().train.batch_size == 16
     assert context.recipe().for_stage(("GQA",)).gradient_accumulation == 1

@@ -15,8 +15,7 @@ from test_llaca_engine import ROOT, TORCHRUN
 
 from llaca.config import load_recipe
 from llaca.plan import loading, show
-from llava.features import cache_features
-from llava.model import load_base
+from llava.backbones import load_base
 
 
 def loaded(warmup, base, data, folder, zero: str) -> list[dict]:
@@ -48,9 +47,9 @@ def test_a_rank_holds_while_loading_what_is_planned(tiny_base, base, tiny_data, 
         assert rank["frozen"] == pytest.approx(whole if zero == "none" else whole / 2, rel=0.01)
         assert planned == pytest.approx(rank["peak"], rel=0.12), rank
     features = torch.load(tmp_path / f"{zero}.json.features")
-    model, processor = load_base(tiny_base, attn_implementation="eager")  # as the recipe has it
-    wanted = cache_features(model, processor.image_processor, list(map(Path, features)))
-    assert len(features) == 10 and all(torch.equal(found, wanted(Path(name))) for name, found in features.items())
+    model, backbone = load_base(tiny_base, attn_implementation="eager")  # as the recipe has it
+    wanted = dict(zip(features, backbone.tower_states(model, list(map(Path, features))), strict=True))
+    assert len(features) == 10 and all(torch.equal(found, wanted[name]) for name, found in features.items())
 
 
 def test_the_host_holds_no_copy_of_weights_that_go_to_another_device(tiny_base, base):

@@ -22,9 +22,9 @@ from llaca.methods import METHODS
 from llaca.methods.base import StageView
 from llaca.methods.merging import merge
 from llaca.train import run
+from llava.adapters import attach_lora, trainable_parameters
+from llava.backbones.llava15 import Llava15
 from llava.dataset import InstructionDataset
-from llava.model import attach_lora, trainable_parameters
-from llava.trainer import answer_loss, supervised_logits
 from studies.reproduce import main as reproduce
 
 
@@ -37,13 +37,13 @@ def method_of(name: str, *line: str):
 def view(tiny, tiny_data):
     """A stage on the small random model."""
     torch.manual_seed(0)
-    model = attach_lora(tiny[0], 2, 4, 0.0)
+    model = attach_lora(tiny[0], Llava15, 2, 4, 0.0)
     with torch.no_grad():
         for name, weight in trainable_parameters(model).items():
             if "lora_B" in name:
                 weight.normal_(0, 0.1)
-    dataset = InstructionDataset(load_samples(tiny_data / "train.json", tiny_data), tiny[1], 36, 512)
-    return StageView("GQA", model, dataset, 0, seed=7)
+    dataset = InstructionDataset.of_samples(load_samples(tiny_data / "train.json", tiny_data), tiny[1], 512)
+    return StageView("GQA", model, dataset, seed=7)
 
 
 def layout_of(view: StageView) -> Layout:
@@ -114,13 +114,12 @@ def test_lwf_is_scipys_kl_between_the_weights_at_the_start_and_now(view):
     method.stage = view
     method.before_task(None, True, 1)
     [batch] = view.batches([0, 3, 12], 3)
-    inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
     with torch.no_grad():
-        old = supervised_logits(view.model, inputs, labels)[0].logits.double().numpy()
-    outputs, _ = supervised_logits(view.model, inputs, labels)
+        old = view.backbone.answer_logits(view.model, batch)[0].logits.double().numpy()
+    outputs, _ = view.backbone.answer_logits(view.model, batch)
     assert method.loss(view.model, batch, outputs).item() == pytest.approx(0, abs=1e-6), "nothing has moved yet"
     moved(view, 0.1)
-    outputs, _ = supervised_logits(view.model, inputs, labels)
+    outputs, _ = view.backbone.answer_logits(view.model, batch)
     term = method.loss(view.model, batch, outputs)
     p, q = (softmax(z[:, words] / 3, axis=1) for z in (old, outputs.logits.detach().double().numpy()))
     assert term.item() == pytest.approx(0.5 * 9 * rel_entr(p, q).sum(axis=1).mean(), rel=1e-4)
@@ -180,7 +179,7 @@ def test_the_replay_buffer_is_exact(arguments):  # noqa: F811
 
 def test_replay_takes_its_records_from_the_earlier_tasks_own(view, tiny, tiny_data):
     samples = [replace(s, id=f"old {s.id}") for s in load_samples(tiny_data / "train.json", tiny_data)]
-    old = InstructionDataset(samples, tiny[1], 36, 512)
+    old = InstructionDataset.of_samples(samples, tiny[1], 512)
     method = method_of("replay")
     method.recall({"buffer": {"old": [3, 12]}})
     extended = method.extend(view.dataset, {"old": old, "GQA": view.dataset})
@@ -332,4 +331,5 @@ def test_answer_loss_is_minus_the_log_likelihood(view):
     logits = view.model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0, :-1].double()
     logits[:, view.model.config.image_token_id] = -torch.inf
     expected = -torch.log_softmax(logits, -1)[torch.arange(len(labels)), labels.clamp(min=0)][labels != -100].sum()
-    assert answer_loss(view.model, batch).item() == pytest.approx(expected.item(), rel=1e-5) and "labels" in batch
+    found = view.backbone.answer_loss(view.model, batch).item()
+    assert found == pytest.approx(expected.item(), rel=1e-5) and "labels" in batch

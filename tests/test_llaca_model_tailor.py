@@ -17,7 +17,7 @@ from llaca.inputs import input_energies, passes
 from llaca.methods import model_tailor
 from llaca.methods.model_tailor import compensations, damped, score, standardised, top_share
 from llaca.train import run
-from llava.model import is_projector
+from llava.adapters import is_connector
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -87,7 +87,7 @@ def test_as_many_are_kept_as_the_share_says_ties_or_not(share, count):
 
 def test_energies_are_those_of_every_token_of_the_records(view):  # noqa: F811
     """The first layer's inputs have a mean square of 1 each; B's inputs are A's outputs."""
-    names = [name for name in view.weights() if not is_projector(name)]
+    names = [name for name in view.weights() if not is_connector(name)]
     found = input_energies(view, names, 6)
     tokens = sum(len(view.dataset[record]["input_ids"]) for record in view.draw(6))
     for name in names:
@@ -131,10 +131,10 @@ def test_a_patch_of_each_tensor_stays_and_the_rest_goes_back_bit_for_bit(view): 
     kept = 0
     for name, tensor in found.items():
         away = tensor != start[name]
-        assert away.sum() == (0 if is_projector(name) else round(0.1 * tensor.numel())), name
+        assert away.sum() == (0 if is_connector(name) else round(0.1 * tensor.numel())), name
         kept += away.sum().item()
-    changes = [(found[n] - trained[n])[found[n] != start[n]].abs() for n in found if not is_projector(n)]
-    assert told["kept_share"] == kept / sum(t.numel() for n, t in found.items() if not is_projector(n))
+    changes = [(found[n] - trained[n])[found[n] != start[n]].abs() for n in found if not is_connector(n)]
+    assert told["kept_share"] == kept / sum(t.numel() for n, t in found.items() if not is_connector(n))
     assert told["mean_compensation"] == pytest.approx(torch.cat(changes).mean().item(), rel=1e-4)
 
 
@@ -151,7 +151,7 @@ def test_compensated_outputs_are_nearer_to_the_trained_layers_than_the_bare_patc
 
 
 def test_however_many_passes_the_result_is_the_same(view, monkeypatch):  # noqa: F811
-    layers = {name: weight for name, weight in view.weights().items() if not is_projector(name)}
+    layers = {name: weight for name, weight in view.weights().items() if not is_connector(name)}
     assert list(passes(layers.items())) == [list(layers)]
     state = {name: weight.detach().clone() for name, weight in view.weights().items()}
     _, _, one, _ = tailored(view)
@@ -187,7 +187,7 @@ def test_a_run_tailors_every_stage(arguments):  # noqa: F811
             load_file(p / WEIGHTS) for p in (before / "adapter", stage / "plain", stage / "adapter")
         )
         for name, tensor in found.items():
-            share = 0 if is_projector(name) else round(0.1 * tensor.numel())
+            share = 0 if is_connector(name) else round(0.1 * tensor.numel())
             assert (tensor != start[name]).sum() == share and not torch.equal(trained[name], start[name]), name
         told = json.loads((stage / "stage.json").read_text())
         assert told["averaged"] and 0.09 < told["kept_share"] < 0.11 and told["mean_compensation"] > 0

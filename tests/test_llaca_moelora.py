@@ -20,16 +20,17 @@ from llaca.config import ModelConfig, load_recipe
 from llaca.methods import METHODS
 from llaca.methods.base import Method
 from llaca.train import run
-from llava.dataset import Collator, InstructionDataset
-from llava.model import (
+from llava.adapters import (
     adapter_state,
     attach_lora,
     load_adapter,
-    load_base,
     save_adapter,
     set_adapter_state,
     trainable_parameters,
 )
+from llava.backbones import load_base
+from llava.backbones.llava15 import Llava15
+from llava.dataset import Collator, InstructionDataset
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -38,7 +39,7 @@ def attached(base, experts: int, rank: int = 6, dropout: float = 0.0):
     """The base with experts, drawn by a seed."""
     torch.manual_seed(0)
     config = ModelConfig("", lora_rank=rank, lora_alpha=2 * rank, lora_dropout=dropout)
-    return method_of("moelora", "--experts", str(experts)).attach(base, config)
+    return method_of("moelora", "--experts", str(experts)).attach(base, Llava15, config)
 
 
 def layers_of(model) -> dict:
@@ -47,16 +48,17 @@ def layers_of(model) -> dict:
 
 def batch_of(tiny, tiny_data):
     samples = load_samples(tiny_data / "train.json", tiny_data)[:2]
-    return Collator(0)(list(InstructionDataset(samples, tiny[1], 36, 512)))
+    return Collator(tiny[1])(list(InstructionDataset.of_samples(samples, tiny[1], 512)))
 
 
 def test_one_expert_is_lora_bit_for_bit(arguments, monkeypatch):  # noqa: F811
     """Three stages with dropout, from the same start: every tensor, and a router that nothing moves."""
 
     class SameStart(Method):
-        def attach(self, model, config):
-            drawn = adapter_state(method_of("moelora", "--experts", "1").attach(copy.deepcopy(model), config))
-            lora = super().attach(model, config)
+        def attach(self, model, backbone, config):
+            moelora = method_of("moelora", "--experts", "1")
+            drawn = adapter_state(moelora.attach(copy.deepcopy(model), backbone, config))
+            lora = super().attach(model, backbone, config)
             set_adapter_state(lora, {name: tensor for name, tensor in drawn.items() if "lora_router" not in name})
             return lora
 
@@ -105,7 +107,7 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_the_experts(tiny):
 
 
 def test_experts_sit_where_lora_does_and_a_router_beside_each(tiny, tiny_base, tiny_data):
-    model, lora = attached(tiny[0], 3), attach_lora(load_base(tiny_base)[0], 6, 12, 0.0)
+    model, lora = attached(tiny[0], 3), attach_lora(load_base(tiny_base)[0], Llava15, 6, 12, 0.0)
     names, plain = trainable_parameters(model), trainable_parameters(lora)
     routers = {name for name in names if "lora_router" in name}
     assert names.keys() - routers == plain.keys()
@@ -118,8 +120,8 @@ def test_experts_sit_where_lora_does_and_a_router_beside_each(tiny, tiny_base, t
 
 
 def test_the_start_is_the_base_model_and_small_random_experts(tiny_base):
-    base, processor = load_base(tiny_base, torch.bfloat16)
-    ids = torch.tensor([processor.tokenizer("USER: Is it?").input_ids])
+    base, backbone = load_base(tiny_base, torch.bfloat16)
+    ids = torch.tensor([backbone.tokenizer("USER: Is it?").input_ids])
     with torch.no_grad():
         before = base(input_ids=ids).logits
         model = attached(base, 2).eval()
@@ -141,7 +143,7 @@ def test_adapter_folder_round_trip_and_what_does_not_fit(tiny, tiny_base, tmp_pa
     with pytest.raises(ValueError, match=r"'shape': \[.*lora_router"):
         load_adapter(attached(load_base(tiny_base)[0], 3), tmp_path)
     with pytest.raises(ValueError, match=r"'unexpected': \[.*lora_router"):
-        load_adapter(attach_lora(load_base(tiny_base)[0], 6, 12, 0.0), tmp_path)
+        load_adapter(attach_lora(load_base(tiny_base)[0], Llava15, 6, 12, 0.0), tmp_path)
     with pytest.raises(ValueError, match="cannot be merged"):
         model.merge_and_unload()
 

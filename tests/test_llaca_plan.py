@@ -10,25 +10,26 @@ from test_llaca_engine import ROOT, TORCHRUN, work
 
 from llaca.config import CONFIGS, load_recipe
 from llaca.ema import DynamicAverage
-from llaca.plan import REDUCE_BUCKET, answering_bytes, average_bytes, base_bytes, blank_model, counts, plan
-from llava.model import load_base, trainable_parameters
+from llaca.plan import REDUCE_BUCKET, answering_bytes, average_bytes, base_bytes, blank_of, counts, plan
+from llava.adapters import trainable_parameters
+from llava.backbones import load_base
 
 SEVEN = ["--recipe", str(CONFIGS / "coin_llava7b.yaml")]
 
 
 def test_llava_7b_trains_exactly_the_language_models_linears_and_the_projector():
     """The figures of the released adapters; no weights are needed."""
-    model = blank_model(load_recipe(SEVEN))
-    assert counts(model) == {"tensors": 452, "lora": 319_815_680, "projector": 20_979_712}
+    model = blank_of(load_recipe(SEVEN)).model
+    assert counts(model) == {"tensors": 452, "lora": 319_815_680, "connector": 20_979_712}
     lora = [name for name in trainable_parameters(model) if "lora_" in name]
     assert len(lora) == 448 and len({name.split(".lora_")[0] for name in lora}) == 224
     assert not any("vision" in name for name in trainable_parameters(model))
 
 
 def test_what_trains_is_the_methods():
-    eproj = counts(blank_model(load_recipe([*SEVEN, "--method", "eproj"])))
-    assert eproj == {"tensors": 4, "lora": 0, "projector": 20_979_712}
-    moelora = counts(blank_model(load_recipe([*SEVEN, "--method", "moelora", "--experts", "2"])))
+    eproj = counts(blank_of(load_recipe([*SEVEN, "--method", "eproj"])).model)
+    assert eproj == {"tensors": 4, "lora": 0, "connector": 20_979_712}
+    moelora = counts(blank_of(load_recipe([*SEVEN, "--method", "moelora", "--experts", "2"])).model)
     routers = 32 * 2 * (6 * 4096 + 11008)  # two experts, six linears of width 4096 and one of 11008 in 32 layers
     assert moelora["lora"] == 319_815_680 + routers
 
@@ -37,7 +38,7 @@ def test_bytes_of_a_quantized_base_are_those_of_the_loaded_one(tmp_path):
     base = make_base(tmp_path / "base", width=128)
     for kind in ("none", "8bit", "nf4", "nf4-double"):
         line = ["--base", str(base), "--quantization", kind, "--dtype", "float32", "--lora_rank", "4"]
-        planned = base_bytes(blank_model(load_recipe(line)), kind)
+        planned = base_bytes(blank_of(load_recipe(line)), kind)
         model, _ = load_base(base, quantization=kind)
         found = sum(p.nbytes for p in model.parameters())
         for module in model.modules():
@@ -84,7 +85,7 @@ def test_activations_grow_with_what_makes_them(tmp_path):
 def test_what_a_question_takes_while_it_is_answered():
     """Keys and values of 32 layers of 4096 in bfloat16, three times 11008 in one layer; two bases of 7.06 billion."""
     recipe = load_recipe(SEVEN)
-    models, question = answering_bytes(recipe, blank_model(recipe), 700)
+    models, question = answering_bytes(recipe, blank_of(recipe), 700)
     assert question == 700 * (2 * 32 * 4096 + 3 * 11008) * 2
     assert models == pytest.approx(2 * 2 * 7.06e9, rel=0.01)
 
@@ -102,8 +103,8 @@ def test_the_command_says_what_fits_and_needs_no_weights():
     line = [sys.executable, "-m", "llaca.plan", *SEVEN, "--method", "llaca", "--tokens", "700", "--gpu-memory", "24"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "452 tensors train, 319,815,680 values in LoRA and 20,979,712 in the projector" in done.stdout
+    assert "452 tensors train, 319,815,680 values in LoRA and 20,979,712 in the connector" in done.stdout
     rows = {row[:15].strip(): row for row in done.stdout.splitlines() if row.startswith(("DDP", "ZeRO"))}
     assert rows["DDP"].endswith("too much") and rows["ZeRO 3 offload"].endswith("fits")
     done = subprocess.run([*line, "--base", "nowhere"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and "nowhere/config.json is missing" in done.stderr
+    assert done.returncode and "nowhere has no config.json" in done.stderr

@@ -21,9 +21,10 @@ from llaca.methods import METHODS
 from llaca.methods.base import StageView
 from llaca.methods.pgp import extended
 from llaca.train import run
+from llava.adapters import attach_lora
+from llava.backbones import load_base
+from llava.backbones.llava15 import Llava15
 from llava.dataset import InstructionDataset
-from llava.model import attach_lora, load_base
-from llava.trainer import answer_loss
 
 ROOT = Path(__file__).parents[1]
 
@@ -172,11 +173,11 @@ def test_pgp_leaves_the_protected_subspace_alone_and_the_old_records_answers_wit
     kept = []
     for protects in (False, True):
         torch.manual_seed(0)
-        model, processor = load_base(wide_base)
-        model = attach_lora(model, 4, 8, 0.0)
+        model, backbone = load_base(wide_base)
+        model = attach_lora(model, Llava15, 4, 8, 0.0)
         samples = load_samples(tiny_data / "train.json", tiny_data)
-        old, new = (InstructionDataset(each, processor, 36, 512) for each in (samples[10:11], samples[:4]))
-        stage = StageView("old", model, old, 0, seed=1)
+        old, new = (InstructionDataset.of_samples(each, backbone, 512) for each in (samples[10:11], samples[:4]))
+        stage = StageView("old", model, old, seed=1)
         for name, weight in stage.weights().items():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, 0, 0.05)
@@ -194,7 +195,7 @@ def test_pgp_leaves_the_protected_subspace_alone_and_the_old_records_answers_wit
             answered = model(**question).logits
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
         for _ in range(6):
-            answer_loss(model, batch).backward()
+            backbone.answer_loss(model, batch).backward()
             if protects:
                 shards.gradients = [weight.grad for weight in stage.weights().values()]
                 method.after_backward(shards)

@@ -250,16 +250,16 @@ WATCH = """
 import sys, weakref
 from llaca import run
 from llaca.config import load_recipe
-load, seen = run.load_student, []
+load, seen = run.load_adapted, []
 def watched(*given):
     alive = [reference for reference in seen if reference() is not None]
     assert not alive, f"{len(alive)} of {len(seen)} weights of the stages before are still in memory"
-    student = load(*given)
-    frozen = [p for p in student.model.parameters() if not p.requires_grad]
+    adapted = load(*given)
+    frozen = [p for p in adapted.model.parameters() if not p.requires_grad]
     assert {hasattr(p, "ds_id") for p in frozen} == {given[0].run.zero == "3"}, "loaded in shards, every time"
-    seen.extend(weakref.ref(parameter) for parameter in student.model.parameters())
-    return student
-run.load_student = watched
+    seen.extend(weakref.ref(parameter) for parameter in adapted.model.parameters())
+    return adapted
+run.load_adapted = watched
 run.Run(load_recipe(sys.argv[1:])).train()
 print(f"watched {len(seen)}")
 """

@@ -18,13 +18,14 @@ from transformers import (
     LlavaProcessor,
 )
 
-from llava.adapter import export_adapter, import_adapter, import_adapter_folder, merge
-from llava.base import disassemble, read_base, write_base
+from llava.adapters import attach_lora, save_adapter, trainable_parameters
+from llava.backbones import load_base
+from llava.backbones.llava15 import Llava15
 from llava.conversation import encode
 from llava.dataset import Collator, InstructionDataset
-from llava.model import attach_lora, image_tokens, load_base, save_adapter, trainable_parameters
-from llava.original import load_tokenizer, read_weights, to_hub, to_original, to_transformers
-from llava.trainer import supervised_logits, token_loss
+from llava.original.adapter import export_adapter, import_adapter, import_adapter_folder, merge
+from llava.original.base import disassemble, read_base, write_base
+from llava.original.names import load_tokenizer, read_weights, to_hub, to_original, to_transformers
 
 VICUNA, CLIP = ORIGINAL / "vicuna-tiny", ORIGINAL / "clip-tiny-patch14-42"
 PROJECTOR_FILE, LORA = ORIGINAL / "mm_projector.bin", ORIGINAL / "lora-original"
@@ -80,32 +81,32 @@ def test_weights_of_the_assembled_model_are_the_originals(original):
 def test_saved_and_loaded_again_it_is_the_same_model(original, tmp_path):
     original.model.save_pretrained(tmp_path)
     original.processor.save_pretrained(tmp_path)
-    model, processor = load_base(tmp_path, attn_implementation="sdpa")
+    model, backbone = load_base(tmp_path, attn_implementation="sdpa")
     state = original.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert image_tokens(model.config) == 9
+    assert backbone.picture_tokens(tmp_path, ["a"]).tolist() == [9]
     turns = [("<image>", " x  y z"), ("  a</s> b\n", "é")]
-    assert encode(processor.tokenizer, turns, 9, 999) == encode(original.processor.tokenizer, turns, 9, 999)
-    samples = InstructionDataset(original.samples, processor, 9, 2048)
+    assert encode(backbone.vocabulary, turns, 9, 999) == encode(original.backbone.vocabulary, turns, 9, 999)
+    samples = InstructionDataset.of_samples(original.samples, backbone, 2048)
     assert torch.equal(samples[3]["pixel_values"], original.tensors["pixel_values_3"])
 
 
 def batch_of(original, number):
-    return Collator(0)([InstructionDataset(original.samples, original.processor, 9, 2048)[number]])
+    records = InstructionDataset.of_samples(original.samples, original.backbone, 2048)
+    return Collator(original.backbone)([records[number]])
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_recorded_loss(original, number):
     batch = batch_of(original, number)
-    labels = batch.pop("labels")
     with torch.no_grad():
-        outputs, targets = supervised_logits(original.model, batch, labels)
-    loss = token_loss(outputs.logits, targets, original.model.config.image_token_id) / len(targets)
+        outputs, targets = original.backbone.answer_logits(original.model, batch)
+    loss = original.backbone.token_loss(outputs.logits, targets) / len(targets)
     assert loss.item() == pytest.approx(original.expected[number]["loss"], abs=1e-5)
 
 
 def test_six_recorded_training_steps(original, tmp_path):
-    model = attach_lora(assemble_original()[0], TRAINING["r"], TRAINING["alpha"], TRAINING["dropout"])
+    model = attach_lora(assemble_original()[0], Llava15, TRAINING["r"], TRAINING["alpha"], TRAINING["dropout"])
     start = import_adapter(ORIGINAL / "lora_init.bin")
     parameters = trainable_parameters(model)
     projector = [parameter for name, parameter in parameters.items() if "projector" in name]
@@ -120,9 +121,8 @@ def test_six_recorded_training_steps(original, tmp_path):
     model.train()
     for number, recorded in zip(TRAINING["order"], TRAINING["losses"], strict=True):
         batch = batch_of(original, number)
-        labels = batch.pop("labels")
-        outputs, targets = supervised_logits(model, batch, labels)
-        loss = token_loss(outputs.logits, targets, model.config.image_token_id) / len(targets)
+        outputs, targets = original.backbone.answer_logits(model, batch)
+        loss = original.backbone.token_loss(outputs.logits, targets) / len(targets)
         assert loss.item() == pytest.approx(recorded, abs=1e-4)
         loss.backward()
         optimizer.step()
@@ -271,7 +271,8 @@ def test_an_export_of_llava_hf(original, tmp_path):
     assert_same(base.state, original.model.state_dict())
     assert base.config.text_config.vocab_size == 601 and len(base.processor.tokenizer) == 601
     turns = [("<image>\nWhat is it?", "a dog"), ("  x</s>", "é")]
-    assert encode(base.processor.tokenizer, turns, 9, 999) == encode(original.processor.tokenizer, turns, 9, 999)
+    own = Llava15(base.config, base.processor).vocabulary
+    assert encode(own, turns, 9, 999) == encode(original.backbone.vocabulary, turns, 9, 999)
     with pytest.raises(ValueError, match="leave out --vision and --projector"):
         read_base(tmp_path, CLIP, PROJECTOR_FILE)
 

@@ -7,7 +7,9 @@ import pytest
 import sentencepiece
 import torch
 
-from llava.conversation import IGNORE, IMAGE, encode, encode_prompt, place_image, render, render_prompt
+from data.records import IMAGE
+from llava.backbones.llava15 import VICUNA
+from llava.conversation import IGNORE, Vocabulary, encode, encode_prompt
 
 SENTINEL = -200
 
@@ -20,8 +22,8 @@ def with_sentinel(ids, image_id):
 def test_recorded_prompt_ids_and_labels(original, number):
     tokenizer, expected = original.processor.tokenizer, original.expected[number]
     turns, image_id = original.samples[number].turns, original.model.config.image_token_id
-    encoded = encode(tokenizer, turns, image_tokens=1, max_length=2048)
-    assert render(turns) == expected["prompt"]
+    encoded = encode(original.backbone.vocabulary, turns, picture_tokens=1, max_length=2048)
+    assert VICUNA.layout(turns)[0] == expected["prompt"]
     assert with_sentinel(encoded.input_ids, image_id) == expected["input_ids"]
     assert encoded.labels == expected["labels"]
     supervised = [label for label in encoded.labels if label != IGNORE]
@@ -31,14 +33,14 @@ def test_recorded_prompt_ids_and_labels(original, number):
 @pytest.mark.parametrize("number", range(4))
 def test_recorded_generation_prompt(original, number):
     expected, question = original.expected[number], original.samples[number].turns[0][0]
-    ids = encode_prompt(original.processor.tokenizer, question, image_tokens=1)
-    assert render_prompt(question) == expected["generation_prompt"]
+    ids = encode_prompt(original.backbone.vocabulary, question, picture_tokens=1)
+    assert VICUNA.prompt(question) == expected["generation_prompt"]
     assert with_sentinel(ids, original.model.config.image_token_id) == expected["generation_prompt_ids"]
 
 
 def test_image_tokens_repeat_in_place(original):
-    tokenizer, turns = original.processor.tokenizer, original.samples[1].turns
-    one, nine = (encode(tokenizer, turns, image_tokens=count, max_length=2048) for count in (1, 9))
+    vocabulary, turns = original.backbone.vocabulary, original.samples[1].turns
+    one, nine = (encode(vocabulary, turns, picture_tokens=count, max_length=2048) for count in (1, 9))
     at = one.input_ids.index(original.model.config.image_token_id)
     assert nine.input_ids == one.input_ids[:at] + [one.input_ids[at]] * 9 + one.input_ids[at + 1 :]
     assert nine.labels == one.labels[:at] + [IGNORE] * 9 + one.labels[at + 1 :]
@@ -79,24 +81,24 @@ def random_text(rng, letters="abcdeABC  \n.,:é☃0123", shortest=1):
 
 
 def test_random_conversations_equal_counting(original):
-    rng, oracle, tokenizer = random.Random(0), Counting(original.folder), original.processor.tokenizer
+    rng, oracle, vocabulary = random.Random(0), Counting(original.folder), original.backbone.vocabulary
     image_id = original.model.config.image_token_id
     for _ in range(300):
         turns = [(random_text(rng), random_text(rng)) for _ in range(rng.randint(1, 4))]
         shown = rng.choice([None, 0, len(turns) - 1])
         if shown is not None:
             turns[shown] = (rng.choice(["", turns[shown][0]]) + IMAGE, turns[shown][1])
-        encoded, text = encode(tokenizer, turns, 1, 2048), render(turns)
+        encoded, text = encode(vocabulary, turns, 1, 2048), VICUNA.layout(turns)[0]
         assert with_sentinel(encoded.input_ids, image_id) == oracle.ids(text)
         assert encoded.labels == oracle.labels(text)
-        prompt = encode_prompt(tokenizer, turns[0][0], 1)
-        assert with_sentinel(prompt, image_id) == oracle.ids(render_prompt(turns[0][0]))
+        prompt = encode_prompt(vocabulary, turns[0][0], 1)
+        assert with_sentinel(prompt, image_id) == oracle.ids(VICUNA.prompt(turns[0][0]))
 
 
 def test_added_token_tokenizer_supervises_the_answers(tiny):
     tokenizer = tiny[1].tokenizer
     turns = [("What is it?" + IMAGE, "[0.12, 0.34]"), ("And?", "no é\n2")]
-    encoded = encode(tokenizer, turns, 36, 2048)
+    encoded = encode(tiny[1].vocabulary, turns, 36, 2048)
     assert encoded.input_ids.count(tokenizer.convert_tokens_to_ids(IMAGE)) == 36
     runs = "".join("x" if label != IGNORE else " " for label in encoded.labels).split()
     assert len(runs) == 2
@@ -104,23 +106,23 @@ def test_added_token_tokenizer_supervises_the_answers(tiny):
     assert tokenizer.decode(supervised) == "[0.12, 0.34]</s> no é\n2</s>"
 
 
-def test_place_image_moves_it_to_the_front():
-    assert place_image(f"  a b\n{IMAGE}") == f"{IMAGE}\na b"
-    assert place_image(IMAGE) == IMAGE
+def test_a_picture_moves_to_the_front():
+    assert VICUNA.prompt(f"  a b\n{IMAGE}").endswith(f"questions. USER: {IMAGE}\na b ASSISTANT:")
+    assert VICUNA.prompt(IMAGE).endswith(f"USER: {IMAGE} ASSISTANT:")
 
 
 def test_cut_keeps_the_beginning_and_refuses_to_lose_picture_or_answer(original):
-    tokenizer, turns = original.processor.tokenizer, original.samples[1].turns
-    whole = encode(tokenizer, turns, 9, 2048)
-    cut = encode(tokenizer, turns, 9, len(whole.labels) - 4)
+    vocabulary, turns = original.backbone.vocabulary, original.samples[1].turns
+    whole = encode(vocabulary, turns, 9, 2048)
+    cut = encode(vocabulary, turns, 9, len(whole.labels) - 4)
     assert (cut.input_ids, cut.labels) == (whole.input_ids[:-4], whole.labels[:-4])
     first = next(place for place, label in enumerate(whole.labels) if label != IGNORE)
     with pytest.raises(ValueError, match="no part of an answer"):
-        encode(tokenizer, turns, 9, first)
-    assert encode(tokenizer, turns, 9, first + 1).labels[-1] != IGNORE
+        encode(vocabulary, turns, 9, first)
+    assert encode(vocabulary, turns, 9, first + 1).labels[-1] != IGNORE
     picture = whole.input_ids.index(original.model.config.image_token_id)
     with pytest.raises(ValueError, match="cuts the picture"):
-        encode(tokenizer, turns, 9, picture + 8)
+        encode(vocabulary, turns, 9, picture + 8)
 
 
 def test_tokenizer_without_image_token_is_refused(original):
@@ -128,19 +130,19 @@ def test_tokenizer_without_image_token_is_refused(original):
 
     plain = LlamaTokenizer.from_pretrained(original.folder / "vicuna-tiny")
     with pytest.raises(ValueError, match="no <image> token"):
-        encode(plain, original.samples[0].turns, 1, 2048)
+        Vocabulary.of(plain, VICUNA)
 
 
 def test_an_answer_that_would_end_its_turn_early_is_refused(original):
     with pytest.raises(ValueError, match="cannot express"):
-        encode(original.processor.tokenizer, [("q", "dog</s>cat")], 1, 2048)
+        encode(original.backbone.vocabulary, [("q", "dog</s>cat")], 1, 2048)
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_recorded_logits(original, number):
     config = original.model.config
     sample = original.samples[number]
-    encoded = encode(original.processor.tokenizer, sample.turns, config.image_seq_length, 2048)
+    encoded = encode(original.backbone.vocabulary, sample.turns, config.image_seq_length, 2048)
     pixels = {"pixel_values": original.tensors[f"pixel_values_{number}"][None]} if sample.image else {}
     with torch.no_grad():
         logits = original.model(input_ids=torch.tensor([encoded.input_ids]), **pixels).logits[0]

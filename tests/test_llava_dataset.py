@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.records import DataError, load_questions, load_samples
-from llava.conversation import IGNORE, IMAGE, encode
+from data.records import IMAGE, DataError, load_questions, load_samples
+from llava.conversation import IGNORE, encode
 from llava.dataset import Collator, InstructionDataset
 
 RECORD = {
@@ -146,47 +146,47 @@ def test_broken_questions(folder, record, message):
 
 
 def test_items_equal_the_encoding_of_their_turns(tiny, tiny_data):
-    processor = tiny[1]
+    backbone = tiny[1]
     samples = load_samples(tiny_data / "train.json", tiny_data)
-    dataset = InstructionDataset(samples, processor, image_tokens=36, max_length=512)
+    dataset = InstructionDataset.of_samples(samples, backbone, max_length=512)
     assert len(dataset) == 16 and dataset.modality_lengths[9:11] == [15, -4]
     for sample, item in zip(samples, dataset, strict=True):
-        encoded = encode(processor.tokenizer, sample.turns, 36, 512)
+        encoded = encode(backbone.vocabulary, sample.turns, 36, 512)
         assert item["input_ids"].tolist() == encoded.input_ids and item["labels"].tolist() == encoded.labels
         assert ("pixel_values" in item) == (sample.image is not None)
     assert dataset[3]["pixel_values"].shape == (3, 48, 48)
 
 
 def test_cut_counts_the_picture_and_names_the_record(tiny, tiny_data):
-    processor = tiny[1]
+    backbone = tiny[1]
     samples = load_samples(tiny_data / "train.json", tiny_data)[:4]
-    whole = InstructionDataset(samples, processor, 36, 512)
+    whole = InstructionDataset.of_samples(samples, backbone, 512)
     limit = len(whole[3]["labels"]) - 1
-    cut = InstructionDataset(samples, processor, 36, limit)
+    cut = InstructionDataset.of_samples(samples, backbone, limit)
     assert torch.equal(cut[3]["input_ids"], whole[3]["input_ids"][:limit])
     first = int((whole[0]["labels"] != IGNORE).nonzero()[0])
     with pytest.raises(DataError, match=r"t\.json: 4 problem.*\n  record 0 \(id 'p0'\): the maximum length leaves no"):
-        InstructionDataset(samples, processor, 36, first, source="t.json")
+        InstructionDataset.of_samples(samples, backbone, first, source="t.json")
 
 
-def test_batches_mask_by_length_and_stack_the_pictures_there_are():
+def test_batches_mask_by_length_and_stack_the_pictures_there_are(tiny):
     items = [
         {"input_ids": torch.tensor([1, 0, 5]), "labels": torch.tensor([IGNORE, 0, 5])},
         {"input_ids": torch.tensor([1, 7]), "labels": torch.tensor([IGNORE, 7]), "pixel_values": torch.ones(2)},
     ]
-    batch = Collator(pad_id=0)(items)
+    batch = Collator(tiny[1])(items)
     assert batch["input_ids"].tolist() == [[1, 0, 5], [1, 7, 0]]
     assert batch["labels"].tolist() == [[IGNORE, 0, 5], [IGNORE, 7, IGNORE]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["pixel_values"].tolist() == [[1.0, 1.0]]
-    assert "pixel_values" not in Collator(pad_id=0)(items[:1])
+    assert "pixel_values" not in Collator(tiny[1])(items[:1])
 
 
 def test_a_mixed_batch_gives_each_sample_its_own_logits(tiny, tiny_data):
-    model, processor = tiny
+    model, backbone = tiny
     samples = load_samples(tiny_data / "train.json", tiny_data)
-    dataset = InstructionDataset([samples[n] for n in (3, 12, 5, 15)], processor, 36, 512)
-    collate = Collator(processor.tokenizer.pad_token_id)
+    dataset = InstructionDataset.of_samples([samples[n] for n in (3, 12, 5, 15)], backbone, 512)
+    collate = Collator(backbone)
     with torch.no_grad():
         together = model(**collate(list(dataset)))
         for row, item in enumerate(dataset):

@@ -15,11 +15,13 @@ from conftest import ORIGINAL
 from safetensors.torch import load_file, save_file
 
 from llava import checkpoint
-from llava.adapter import import_adapter_folder
-from llava.base import config_of, read_base, write_base
+from llava.adapters import attach_lora, load_adapter, save_adapter
+from llava.backbones import load_base
+from llava.backbones.llava15 import Llava15
 from llava.files import whole_folder
-from llava.model import attach_lora, load_adapter, load_base, load_processor, save_adapter
-from llava.original import load_tokenizer, read_weights
+from llava.original.adapter import import_adapter_folder
+from llava.original.base import config_of, read_base, write_base
+from llava.original.names import load_tokenizer, read_weights
 
 VICUNA, CLIP, PROJECTOR = (
     ORIGINAL / name for name in ("vicuna-tiny", "clip-tiny-patch14-42", "mm_projector.bin")
@@ -39,7 +41,7 @@ def parts(tmp_path_factory, tiny_base):
     root = tmp_path_factory.mktemp("parts")
     write_base(read_base(VICUNA, CLIP, PROJECTOR), root / "base")
     model, _ = load_base(root / "base")
-    save_adapter(attach_lora(model, 2, 4, 0.0), root / "adapter")
+    save_adapter(attach_lora(model, Llava15, 2, 4, 0.0), root / "adapter")
     for name in ("vicuna-tiny", "clip-tiny-patch14-42", "lora-original"):
         shutil.copytree(ORIGINAL / name, root / name)
     shutil.copy(PROJECTOR, root)
@@ -72,10 +74,10 @@ READERS = {
     "base": lambda root: load_base(root / "base"),
     "tokenizer": lambda root: load_tokenizer(root / "vicuna-tiny"),
     "parts": lambda root: read_base(root / "vicuna-tiny", root / "clip-tiny-patch14-42", root / "mm_projector.bin"),
-    "adapter": lambda root: load_adapter(attach_lora(load_base(root / "base")[0], 2, 4, 0.0), root / "adapter"),
+    "adapter": lambda root: load_adapter(attach_lora(*load_base(root / "base"), 2, 4, 0.0), root / "adapter"),
     "lora": lambda root: import_adapter_folder(root / "lora-original", root / "out"),
     "config": lambda root: config_of(root / "base"),
-    "processor": lambda root: load_processor(root / "base", config_of(root / "base")),
+    "processor": lambda root: Llava15.read_processor(root / "base", config_of(root / "base")),
     "weights": lambda root: read_weights(root / "base"),
 }
 FILES = [
@@ -218,7 +220,11 @@ def test_any_wrong_setting_ends_in_one_line_or_in_a_folder(parts, broken, tmp_pa
 
 @pytest.mark.parametrize("name", ["assemble", "assemble-whole", "disassemble", "import", "export", "merge"])
 def test_an_error_at_the_last_file_leaves_nothing(parts, tmp_path, monkeypatch, name):
-    for module in ("llava.base.save_torch_state_dict", "llava.adapter.save_file", "llava.adapter.torch.save"):
+    for module in (
+        "llava.original.base.save_torch_state_dict",
+        "llava.original.adapter.save_file",
+        "llava.original.adapter.torch.save",
+    ):
         monkeypatch.setattr(module, lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")))
     assert "No space left" in command(monkeypatch, *commands(parts, tmp_path / "a" / "out")[name])
     assert list((tmp_path / "a").iterdir()) == []
@@ -258,7 +264,7 @@ def test_weights_come_last(tmp_path):
 
 def test_a_terminated_command_leaves_nothing(parts, tmp_path):
     """Killed while the folder beside is being written: there the command waits for weights that take a minute."""
-    slow = "import time, llava.base; llava.base.read_weights = lambda *_: time.sleep(60)"
+    slow = "import time, llava.original.base; llava.original.base.read_weights = lambda *_: time.sleep(60)"
     code = f"{slow}; from llava.checkpoint import main; main()"
     line = ["assemble", "--llm", parts / "vicuna-tiny", "--vision", parts / "clip-tiny-patch14-42"]
     line += ["--projector", parts / "mm_projector.bin", "--out", tmp_path / "out"]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from data.pictures import load_image, verify_image
-from llava.image import padding_processor, to_pixels
+from llava.backbones.llava15 import padding_processor, to_pixels
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])

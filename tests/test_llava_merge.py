@@ -9,11 +9,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from llava.adapter import export_adapter_folder, merge
-from llava.model import LORA_TARGETS, PROJECTOR, attach_lora, load_base, save_adapter, trainable_parameters
-from llava.original import of_hub, read_weights
+from llava.adapters import attach_lora, save_adapter, trainable_parameters
+from llava.backbones import load_base
+from llava.backbones.llava15 import Llava15
+from llava.original.adapter import export_adapter_folder, merge
+from llava.original.names import of_hub, read_weights
 
-PLAIN = {"r": 4, "lora_alpha": 6, "target_modules": LORA_TARGETS, "modules_to_save": list(PROJECTOR)}
+PLAIN = {"r": 4, "lora_alpha": 6, "target_modules": Llava15.lora_targets, "modules_to_save": list(Llava15.connector)}
 VARIANTS = {
     "plain": {},
     "rank-stabilised": {"use_rslora": True},
@@ -64,7 +66,7 @@ def test_logits_are_those_of_stock_peft(tiny_base, tmp_path, name):
 
 def adapter_of(base, folder):
     model, _ = load_base(base)
-    save_adapter(attach_lora(model, 4, 6, 0.0), folder)
+    save_adapter(attach_lora(model, Llava15, 4, 6, 0.0), folder)
     return folder
 
 
@@ -109,9 +111,9 @@ def test_the_original_layout_cannot_hold_variants(tiny_base, tmp_path, key):
 def half(request, tmp_path_factory):
     """A base in half precision with a trained adapter in float32: (dtype, base, adapter)."""
     root = tmp_path_factory.mktemp("half")
-    model, processor = load_base(make_base(root / "whole"), request.param)
+    model, backbone = load_base(make_base(root / "whole"), request.param)
     model.save_pretrained(root / "base")
-    processor.save_pretrained(root / "base")
+    backbone.processor.save_pretrained(root / "base")
     adapter = trained(root / "base", root / "adapter", PLAIN, request.param, 0.03) / "adapter_model.safetensors"
     tensors = load_file(adapter)  # PEFT writes the projector in the base's dtype, our training in float32
     tensors |= {name: torch.rand_like(t, dtype=torch.float32) for name, t in tensors.items() if "lora" not in name}
@@ -157,10 +159,10 @@ def test_sums_are_rounded_once(half, tmp_path, wanted):
 
 
 def test_parts_keep_their_dtypes(tiny_base, tmp_path):
-    model, processor = load_base(tiny_base)
+    model, backbone = load_base(tiny_base)
     model.model.language_model.half(), model.lm_head.half()
     model.save_pretrained(tmp_path / "base")
-    processor.save_pretrained(tmp_path / "base")
+    backbone.processor.save_pretrained(tmp_path / "base")
     merge(tmp_path / "base", adapter_of(tiny_base, tmp_path / "adapter"), tmp_path / "out")
     dtypes = {name: tensor.dtype for name, tensor in read_weights(tmp_path / "out").items()}
     assert {dtype for name, dtype in dtypes.items() if name.startswith("language_model")} == {torch.float16}
@@ -186,7 +188,7 @@ def test_moelora_cannot_be_merged(tiny_base, tmp_path):
     from llaca.methods.moelora import expert_layer
 
     model, _ = load_base(tiny_base)
-    model = attach_lora(model, 4, 8, 0.0, partial(expert_layer(), experts=2))
+    model = attach_lora(model, Llava15, 4, 8, 0.0, partial(expert_layer(), experts=2))
     assert any("router" in name for name in trainable_parameters(model))
     save_adapter(model, tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"unexpected.*lora_router"):

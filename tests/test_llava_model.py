@@ -9,17 +9,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from data.records import load_samples
-from llava.dataset import Collator, InstructionDataset
-from llava.model import (
+from llava.adapters import (
     adapter_state,
     attach_lora,
-    image_tokens,
     load_adapter,
-    load_base,
     save_adapter,
     set_adapter_state,
     trainable_parameters,
 )
+from llava.backbones import load_base
+from llava.backbones.llava15 import Llava15
+from llava.dataset import Collator, InstructionDataset
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -36,7 +36,7 @@ def scrambled(model, seed):
 @pytest.fixture
 def attached(tiny):
     torch.manual_seed(0)
-    return attach_lora(tiny[0], 4, 8, 0.0)
+    return attach_lora(tiny[0], Llava15, 4, 8, 0.0)
 
 
 def test_exactly_lora_on_the_language_model_and_the_projector_train(attached):
@@ -57,20 +57,20 @@ def test_exactly_lora_on_the_language_model_and_the_projector_train(attached):
 
 def test_gradients_reach_what_trains_and_nothing_else(attached, tiny, tiny_data):
     scrambled(attached, 1)
-    processor = tiny[1]
+    backbone = tiny[1]
     samples = load_samples(tiny_data / "train.json", tiny_data)[:2]
-    attached(**Collator(0)(list(InstructionDataset(samples, processor, 36, 512)))).loss.backward()
+    attached(**Collator(backbone)(list(InstructionDataset.of_samples(samples, backbone, 512)))).loss.backward()
     moved = {name for name, parameter in attached.named_parameters() if parameter.grad is not None}
     assert moved == set(trainable_parameters(attached))
     assert all(parameter.grad.abs().sum() > 0 for parameter in trainable_parameters(attached).values())
 
 
 def test_fresh_adapters_change_nothing_and_train_in_float32(tiny_base):
-    base, processor = load_base(tiny_base, torch.bfloat16)
-    ids = torch.tensor([processor.tokenizer("USER: Is it?").input_ids])
+    base, backbone = load_base(tiny_base, torch.bfloat16)
+    ids = torch.tensor([backbone.tokenizer("USER: Is it?").input_ids])
     with torch.no_grad():
         before = base(input_ids=ids).logits
-        model = attach_lora(base, 4, 8, 0.0).eval()
+        model = attach_lora(base, Llava15, 4, 8, 0.0).eval()
         assert torch.equal(model(input_ids=ids).logits, before)
     assert {parameter.dtype for parameter in trainable_parameters(model).values()} == {torch.float32}
     assert model.get_output_embeddings().weight.dtype == torch.bfloat16
@@ -83,7 +83,7 @@ def test_adapter_folder_round_trip(attached, tiny_base, tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    other = attach_lora(load_base(tiny_base)[0], 4, 8, 0.0)
+    other = attach_lora(load_base(tiny_base)[0], Llava15, 4, 8, 0.0)
     load_adapter(other, tmp_path / "a")
     wanted, loaded = adapter_state(attached), adapter_state(other)
     assert wanted.keys() == loaded.keys() and all(torch.equal(wanted[name], loaded[name]) for name in wanted)
@@ -94,9 +94,9 @@ def test_stock_peft_reads_the_folder(attached, tiny_base, tmp_path):
 
     scrambled(attached, 3).eval()
     save_adapter(attached, tmp_path)
-    base, processor = load_base(tiny_base)
+    base, backbone = load_base(tiny_base)
     stock = PeftModel.from_pretrained(base, tmp_path).eval()
-    ids = torch.tensor([processor.tokenizer("USER: <image>" + "<image>" * 35 + " Is it?").input_ids])
+    ids = torch.tensor([backbone.tokenizer("USER: <image>" + "<image>" * 35 + " Is it?").input_ids])
     pixels = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(*(model(input_ids=ids, pixel_values=pixels).logits for model in (stock, attached)))
@@ -122,7 +122,7 @@ def test_adapter_with_other_keys_shapes_or_rank_is_refused(attached, tiny_base, 
         assert f"'{kind}': ['{name}']" in str(error.value)
     for rank, alpha, message in ((2, 8, "r 4, the model 2"), (4, 16, "lora_alpha 8, the model 16")):
         with pytest.raises(ValueError, match=message):
-            load_adapter(attach_lora(load_base(tiny_base)[0], rank, alpha, 0.0), tmp_path)
+            load_adapter(attach_lora(load_base(tiny_base)[0], Llava15, rank, alpha, 0.0), tmp_path)
 
 
 def test_a_broken_adapter_is_not_saved_in_silence(attached, tmp_path):
@@ -146,8 +146,8 @@ def test_state_in_memory_is_a_copy_and_comes_back(attached):
 
 
 def test_base_is_padded_and_checked(tiny_base, tmp_path):
-    model, _ = load_base(tiny_base)
-    assert image_tokens(model.config) == 36 and not model.training
+    model, backbone = load_base(tiny_base)
+    assert backbone.picture_tokens(tiny_base, ["a", "b"]).tolist() == [36, 36] and not model.training
     with pytest.raises(FileNotFoundError, match=r"nowhere has no config\.json"):
         load_base(tmp_path / "nowhere")
 
@@ -162,7 +162,7 @@ def test_base_is_padded_and_checked(tiny_base, tmp_path):
         return folder
 
     unpadded = variant("processor_config.json", lambda c: c["image_processor"].update(do_pad=False))
-    assert load_base(unpadded)[1].image_processor.do_pad
+    assert load_base(unpadded)[1].processor.image_processor.do_pad
     cases = [
         ("config.json", lambda c: c.update(mm_projector_type="mlp2x_gelu"), "original LLaVA layout"),
         ("config.json", lambda c: c.update(image_token_index=7), "is not the tokenizer's token 7"),
@@ -207,7 +207,7 @@ def wide_base(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["8bit", "nf4", "nf4-double"])
 def test_quantized_base(wide_base, tiny_data, tmp_path, kind):
     """Each weight is the nearest on its grid, the rest is untouched, and LoRA trains upon it."""
-    plain, processor = load_base(wide_base)
+    plain, backbone = load_base(wide_base)
     model, _ = load_base(wide_base, quantization=kind)
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear):
@@ -228,10 +228,10 @@ def test_quantized_base(wide_base, tiny_data, tmp_path, kind):
             grid = (torch.tensor(NF4)[nearest] * scale).view_as(exact)
             torch.testing.assert_close(seen, grid, rtol=0, atol=tolerance * scale.max().item())
     torch.manual_seed(0)
-    model = scrambled(attach_lora(model, 4, 8, 0.0), 1)
+    model = scrambled(attach_lora(model, Llava15, 4, 8, 0.0), 1)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    batch = Collator(0)(
-        list(InstructionDataset(load_samples(tiny_data / "train.json", tiny_data)[:2], processor, 36, 512))
+    batch = Collator(backbone)(
+        list(InstructionDataset.of_samples(load_samples(tiny_data / "train.json", tiny_data)[:2], backbone, 512))
     )
     losses = []
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
@@ -244,7 +244,7 @@ def test_quantized_base(wide_base, tiny_data, tmp_path, kind):
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
     save_adapter(model, tmp_path)
-    load_adapter(attach_lora(plain, 4, 8, 0.0), tmp_path)  # an adapter like any other
+    load_adapter(attach_lora(plain, Llava15, 4, 8, 0.0), tmp_path)  # an adapter like any other
 
 
 def test_what_cannot_be_quantized_is_refused(tiny_base):

@@ -10,11 +10,12 @@ from conftest import ORIGINAL
 from PIL import Image
 from transformers import AutoProcessor, LlavaProcessor
 
-from llava.base import config_of, read_base, write_base
-from llava.conversation import END, IMAGE, SYSTEM, encode, encode_prompt, render, render_prompt
-from llava.model import image_tokens, load_processor
-from llava.original import load_tokenizer
-from llava.processor import write_processor
+from data.records import IMAGE
+from llava.backbones.llava15 import SYSTEM, VICUNA, Llava15
+from llava.conversation import Vocabulary, encode, encode_prompt
+from llava.original.base import config_of, read_base, write_base
+from llava.original.names import load_tokenizer
+from llava.original.processor import write_processor
 
 SHIPPED = ORIGINAL.parents[2] / "checkpoints" / "tiny-llava"
 LETTERS = (
@@ -39,7 +40,7 @@ def written(request, tmp_path_factory, tiny_base):
     else:
         path = SHIPPED if request.param == "shipped" else tiny_base
         config = config_of(path)
-        processor = load_processor(path, config)
+        processor = Llava15.read_processor(path, config)
         processor.patch_size = None  # as in folders of older versions, where the pictures' settings stand alone
         write_processor(processor, config, folder / "out")
         shutil.copy(path / "config.json", folder / "out")
@@ -48,9 +49,13 @@ def written(request, tmp_path_factory, tiny_base):
         config=config,
         folder=folder / "out",
         stock=LlavaProcessor.from_pretrained(folder / "out"),
-        ours=load_processor(folder / "out", config),
-        count=image_tokens(config),
+        ours=Llava15.read_processor(folder / "out", config),
+        count=int(Llava15(config, processor).picture_tokens(folder, ["a"])[0]),
     )
+
+
+def vocabulary_of(processor):
+    return Vocabulary.of(processor.tokenizer, VICUNA)
 
 
 def drawn(rng, longest, *more):
@@ -65,17 +70,17 @@ def test_stock_asks_the_tokens_of_training(written):
         if rng.random() < 0.6:
             at = rng.randint(0, len(question))
             question = question[:at] + IMAGE + question[at:]
-        wanted = encode_prompt(written.base.tokenizer, question, written.count)
+        wanted = encode_prompt(vocabulary_of(written.base), question, written.count)
         pictures = PICTURE if IMAGE in question else None
-        assert encode_prompt(written.ours.tokenizer, question, written.count) == wanted, question
-        assert written.stock(text=render_prompt(question), images=pictures).input_ids[0] == wanted, question
+        assert encode_prompt(vocabulary_of(written.ours), question, written.count) == wanted, question
+        assert written.stock(text=VICUNA.prompt(question), images=pictures).input_ids[0] == wanted, question
     for _ in range(50):
         turns = [(drawn(rng, 5).replace(SYSTEM, ""), rng.choice(["a dog", "2", " B", "[0.1, 0.2]"])) for _ in range(3)]
         shown = rng.randrange(3)
         turns[shown] = (turns[shown][0] + IMAGE, turns[shown][1])
-        wanted = encode(written.base.tokenizer, turns, written.count, 9999)
-        assert encode(written.ours.tokenizer, turns, written.count, 9999) == wanted
-        assert written.stock(text=render(turns), images=PICTURE).input_ids[0] == wanted.input_ids, turns
+        wanted = encode(vocabulary_of(written.base), turns, written.count, 9999)
+        assert encode(vocabulary_of(written.ours), turns, written.count, 9999) == wanted
+        assert written.stock(text=VICUNA.layout(turns)[0], images=PICTURE).input_ids[0] == wanted.input_ids, turns
 
 
 def test_any_text_around_the_picture_is_split_as_by_itself(written):
@@ -83,7 +88,7 @@ def test_any_text_around_the_picture_is_split_as_by_itself(written):
     rng, tokenizer = random.Random(1), written.base.tokenizer
     image, begin = tokenizer.convert_tokens_to_ids(IMAGE), tokenizer("").input_ids  # <s>, if the tokenizer puts one
     for _ in range(400):
-        text = drawn(rng, 10, IMAGE, IMAGE, END, "<s>")
+        text = drawn(rng, 10, IMAGE, IMAGE, VICUNA.end, "<s>")
         first, *others = [tokenizer(part).input_ids for part in text.split(IMAGE)]
         wanted = first + [token for other in others for token in (image, *other[len(begin) :])]
         assert written.stock.tokenizer(text).input_ids == wanted, text
@@ -111,7 +116,7 @@ def test_an_assembled_folder_assembles_again(legacy, tmp_path):
     settings = json.loads((llm / "tokenizer_config.json").read_text())
     (llm / "tokenizer_config.json").write_text(json.dumps(settings | {"legacy": legacy}))
     write_base(read_base(llm, ORIGINAL / "clip-tiny-patch14-42", ORIGINAL / "mm_projector.bin"), tmp_path / "out")
-    first, second = load_tokenizer(llm), load_tokenizer(tmp_path / "out")
+    first, second = (Vocabulary.of(load_tokenizer(folder), VICUNA) for folder in (llm, tmp_path / "out"))
     turns = [("<image>\nWhat?", "a dog"), ("  x", "é")]
     assert encode(first, turns, 9, 999) == encode(second, turns, 9, 999)
 
@@ -130,7 +135,7 @@ def test_the_chat_template_is_our_prompt(written):
     rng = random.Random(2)
     for _ in range(150):
         question, shown = drawn(rng, 8), rng.random() < 0.5
-        wanted = render_prompt(IMAGE * shown + question)
+        wanted = VICUNA.prompt(IMAGE * shown + question)
         assert template([turn("user", question, shown)], add_generation_prompt=True) == wanted
         asked = [{"role": "user", "content": IMAGE * shown + question}]
         assert template(asked, add_generation_prompt=True) == wanted
@@ -143,17 +148,17 @@ def test_the_chat_template_is_our_prompt(written):
         ]
         if shown is not None and shown < len(turns):
             turns[shown] = (IMAGE + turns[shown][0], turns[shown][1])
-        assert template(messages) == render(turns)
-        assert (
-            template([*messages, turn("user", "x")], add_generation_prompt=True) == f"{render(turns)}USER: x ASSISTANT:"
-        )
+        whole, _ = VICUNA.layout(turns)
+        assert template(messages) == whole
+        asking = template([*messages, turn("user", "x")], add_generation_prompt=True)
+        assert asking == f"{whole}USER: x ASSISTANT:"
 
 
 def test_the_chat_template_tokenises_and_shows_the_picture(written):
     message = turn("user", "What is it?", True)
     message["content"][0] = {"type": "image", "image": PICTURE}
     batch = written.stock.apply_chat_template([message], add_generation_prompt=True, tokenize=True, return_dict=True)
-    assert batch["input_ids"][0] == encode_prompt(written.base.tokenizer, f"{IMAGE}\nWhat is it?", written.count)
+    assert batch["input_ids"][0] == encode_prompt(vocabulary_of(written.base), f"{IMAGE}\nWhat is it?", written.count)
     assert len(batch["pixel_values"]) == 1
 
 

@@ -6,21 +6,22 @@ from torch.nn import functional
 from transformers import TrainerCallback, set_seed
 
 from data.records import load_samples
+from llava.adapters import adapter_state, attach_lora, save_adapter, set_adapter_state, trainable_parameters
+from llava.backbones import load_base
+from llava.backbones.llava15 import Llava15
 from llava.conversation import IGNORE
 from llava.dataset import InstructionDataset
-from llava.features import cache_features, use_features
 from llava.hooks import TrainHooks
-from llava.model import adapter_state, attach_lora, load_base, save_adapter, set_adapter_state, trainable_parameters
 from llava.trainer import LlavaTrainer, training_arguments
 
 
 @pytest.fixture
-def student(tiny, tiny_data):
+def adapted(tiny, tiny_data):
     """A model with LoRA and the samples: ten with a picture, six without."""
-    model, processor = tiny
+    model, backbone = tiny
     torch.manual_seed(0)
     samples = load_samples(tiny_data / "train.json", tiny_data)
-    return attach_lora(model, 4, 8, 0.0), InstructionDataset(samples, processor, 36, 512)
+    return attach_lora(model, Llava15, 4, 8, 0.0), InstructionDataset.of_samples(samples, backbone, 512)
 
 
 def arguments(folder, **settings):
@@ -95,13 +96,13 @@ def replay(model, batches, normalisation, accumulation, projector_lr):
 
 @pytest.mark.parametrize("normalisation", ["local", "global"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_steps_equal_a_loop_by_hand(student, tmp_path, normalisation, accumulation):
-    model, dataset = student
+def test_steps_equal_a_loop_by_hand(adapted, tmp_path, normalisation, accumulation):
+    model, dataset = adapted
     start, hooks = adapter_state(model), Recorder(model)
     args = arguments(tmp_path, gradient_accumulation_steps=accumulation)
-    LlavaTrainer(
-        model, args, dataset, 0, projector_lr=1e-3, normalisation=normalisation, hooks=hooks, callbacks=[hooks]
-    ).train()
+    trainer = LlavaTrainer(model, args, dataset, 1e-3, normalisation, hooks)
+    trainer.add_callback(hooks)
+    trainer.train()
     trained = adapter_state(model)
     assert len(hooks.batches) == 4 and len(hooks.before) == len(hooks.after) == 4 // accumulation
     assert any("pixel_values" not in batch for batch in hooks.batches)
@@ -119,8 +120,8 @@ def test_steps_equal_a_loop_by_hand(student, tmp_path, normalisation, accumulati
 
 
 @pytest.mark.parametrize("normalisation", ["local", "global"])
-def test_extra_loss_is_averaged_over_a_step(student, tmp_path, normalisation):
-    model, dataset = student
+def test_extra_loss_is_averaged_over_a_step(adapted, tmp_path, normalisation):
+    model, dataset = adapted
     start = adapter_state(model)
 
     class Pull(Recorder):
@@ -137,29 +138,33 @@ def test_extra_loss_is_averaged_over_a_step(student, tmp_path, normalisation):
         set_adapter_state(model, start)
         hooks = Pull(weight)
         args = arguments(tmp_path, max_steps=1, gradient_accumulation_steps=2)
-        LlavaTrainer(model, args, dataset, 0, None, normalisation, hooks, [hooks]).train()
+        trainer = LlavaTrainer(model, args, dataset, None, normalisation, hooks)
+        trainer.add_callback(hooks)
+        trainer.train()
         seen.append(hooks.before[0])
     for name in seen[0]:
         torch.testing.assert_close(seen[1][name][1], seen[0][name][1] + 3.0, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_are_clipped_only_if_configured(student, tmp_path):
-    model, dataset = student
+def test_gradients_are_clipped_only_if_configured(adapted, tmp_path):
+    model, dataset = adapted
     start, norms = adapter_state(model), []
     for limit in (0.0, 1e-3):
         set_adapter_state(model, start)
         hooks = Recorder(model)
         settings = arguments(tmp_path, max_grad_norm=limit, max_steps=1)
-        LlavaTrainer(model, settings, dataset, 0, callbacks=[hooks]).train()
+        trainer = LlavaTrainer(model, settings, dataset)
+        trainer.add_callback(hooks)
+        trainer.train()
         norms.append(torch.stack([gradient.norm() for _, gradient in hooks.before[0].values()]).norm().item())
     assert norms[0] > 0.01 and norms[1] == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_projector_learns_at_the_common_rate_unless_told(student, tmp_path):
-    model, dataset = student
+def test_projector_learns_at_the_common_rate_unless_told(adapted, tmp_path):
+    model, dataset = adapted
     rates = {}
     for projector_lr in (None, 1e-4):
-        trainer = LlavaTrainer(model, arguments(tmp_path, weight_decay=0.1), dataset, 0, projector_lr=projector_lr)
+        trainer = LlavaTrainer(model, arguments(tmp_path, weight_decay=0.1), dataset, connector_lr=projector_lr)
         names = {id(parameter): name for name, parameter in trainable_parameters(model).items()}
         for group in trainer.create_optimizer().param_groups:
             for parameter in group["params"]:
@@ -173,13 +178,13 @@ def test_projector_learns_at_the_common_rate_unless_told(student, tmp_path):
 def train_from_scratch(base, data, folder, **settings):
     """One whole training as a stage runs it: seed, load, cache, attach, train, save."""
     set_seed(7)
-    model, processor = load_base(base)
+    model, backbone = load_base(base)
     samples = load_samples(data / "train.json", data)
-    cache = cache_features(model, processor.image_processor, [sample.image for sample in samples if sample.image])
-    use_features(model)
-    model = attach_lora(model, 4, 8, 0.1)
-    dataset = InstructionDataset(samples, processor, 36, 512, cache)
-    LlavaTrainer(model, arguments(folder / "trainer", **settings), dataset, 0, 1e-3).train()
+    lists = [[sample.image for sample in samples if sample.image]]
+    backbone.use_features(model, backbone.vision_features(model, lists))
+    model = attach_lora(model, Llava15, 4, 8, 0.1)
+    dataset = InstructionDataset.of_samples(samples, backbone, 512)
+    LlavaTrainer(model, arguments(folder / "trainer", **settings), dataset, 1e-3).train()
     save_adapter(model, folder)
     return model
 
@@ -211,16 +216,18 @@ def test_training_learns(tiny_base, tiny_data, tmp_path):
             losses.append(logs.get("loss"))
 
     set_seed(0)
-    model, processor = load_base(tiny_base)
+    model, backbone = load_base(tiny_base)
     samples = load_samples(tiny_data / "train.json", tiny_data)
-    dataset = InstructionDataset(samples[:10], processor, 36, 512)
+    dataset = InstructionDataset.of_samples(samples[:10], backbone, 512)
     args = arguments(tmp_path, num_train_epochs=6, logging_steps=1)
-    model = attach_lora(model, 4, 8, 0.0)
-    LlavaTrainer(model, args, dataset, 0, callbacks=[Losses()]).train()
+    model = attach_lora(model, Llava15, 4, 8, 0.0)
+    trainer = LlavaTrainer(model, args, dataset)
+    trainer.add_callback(Losses())
+    trainer.train()
     assert losses[-2] < losses[0] / 2  # the last line is the summary
 
 
-def test_unknown_normalisation_is_refused(student, tmp_path):
-    model, dataset = student
+def test_unknown_normalisation_is_refused(adapted, tmp_path):
+    model, dataset = adapted
     with pytest.raises(ValueError, match="'mean'; it must be one of"):
-        LlavaTrainer(model, arguments(tmp_path), dataset, 0, normalisation="mean")
+        LlavaTrainer(model, arguments(tmp_path), dataset, normalisation="mean")

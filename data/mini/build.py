@@ -23,6 +23,7 @@ from data.benchmark import COIN
 from data.mini.tasks import TASKS, Sample
 from data.mini.world import draw
 from data.prepare.write import prompts
+from data.records import IMAGE
 
 INSTRUCTIONS = Path(__file__).parents[1] / "instructions.json"
 LAYOUT = yaml.safe_load(COIN.read_text(encoding="utf-8"))  # CoIN-mini has CoIN's
@@ -76,7 +77,7 @@ class Writer:
         if split != "train":
             extras = sample.extras if self.task == "Grounding" else {"answer": sample.turns[0][1]}
             return {**record, "text": first, **extras}
-        turns = [(f"<image>\n{first}" if "image" in record else first, sample.turns[0][1]), *sample.turns[1:]]
+        turns = [(f"{IMAGE}\n{first}" if "image" in record else first, sample.turns[0][1]), *sample.turns[1:]]
         values = [
             {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
         ]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from data.benchmark import Benchmark
 from data.prepare.source import Record
+from data.records import IMAGE
 
 INSTRUCTIONS = Path(__file__).parents[1] / "instructions.json"
 
@@ -39,7 +40,7 @@ def wording(wordings: Sequence[str], seed: int, task: str, record_id: str | int)
 def train_row(task: str, record: Record, instruction: str) -> dict[str, Any]:
     """A record of train.json."""
     first, *more = prompts(task, [question for question, _ in record.turns], instruction)
-    human = [f"<image>\n{first}" if record.image else first, *more]
+    human = [f"{IMAGE}\n{first}" if record.image else first, *more]
     conversations = [
         {"from": speaker, "value": value}
         for question, (_, answer) in zip(human, record.turns, strict=True)

@@ -35,7 +35,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from llaca.engines.plain import Engine
 from llaca.engines.shards import Layout, Piece, Shards
 from llaca.engines.zero import deepspeed_file, shards_weights
-from llava.model import trainable_parameters
+from llava.adapters import trainable_parameters
 
 if TYPE_CHECKING:  # brings in PEFT and, where installed, bitsandbytes
     from llava.trainer import LlavaTrainer

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from llaca.engines.shards import Layout, Piece, Shards
-from llava.model import trainable_parameters
+from llava.adapters import trainable_parameters
 
 if TYPE_CHECKING:  # brings in PEFT and, where installed, bitsandbytes
     from llava.trainer import LlavaTrainer

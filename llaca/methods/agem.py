@@ -61,8 +61,6 @@ class AGEM(Replay):
 
     def reference(self, step: int) -> dict[str, Tensor]:
         """r for the step of this number, from 0: whole float32 tensors by name, the same on every rank."""
-        from llava.trainer import answer_loss  # brings in PEFT and, where installed, bitsandbytes
-
         stage, weights = self.stage, self.stage.weights()
         device, sizes = next(iter(weights.values())).device, [weight.numel() for weight in weights.values()]
         flat = torch.zeros(sum(sizes), device=device)  # one all-reduce
@@ -71,9 +69,9 @@ class AGEM(Replay):
         drawn = random.Random(f"{stage.seed} {step}").sample(self.numbers, min(BATCH, len(self.numbers)))
         mine = drawn[ranks.rank() :: ranks.count()]
         with stage.evaluating(), torch.enable_grad():
-            for batch in batches_of(self.memorised, mine, MICRO_BATCH, stage.pad_id, device):
+            for batch in batches_of(self.memorised, mine, MICRO_BATCH, device):
                 # Not backward(): it would add to the step's own gradients and set off the engine's reduction.
-                loss = answer_loss(stage.model, batch)
+                loss = stage.backbone.answer_loss(stage.model, batch)
                 gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
                 for sum_, gradient in zip(total.values(), gradients, strict=True):
                     if gradient is not None:  # the projector's, where no record has a picture

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from llaca.engines.shards import Shards
+from llava.adapters import attach_lora, trainable_parameters
+from llava.backbone import Backbone
 from llava.dataset import Collator, InstructionDataset
 from llava.hooks import TrainHooks
-from llava.model import attach_lora, trainable_parameters
 
 if TYPE_CHECKING:  # the recipe knows the methods
     from llaca.config import ModelConfig
@@ -29,8 +30,12 @@ class StageView:
     task: str
     model: nn.Module
     dataset: InstructionDataset
-    pad_id: int
     seed: int
+
+    @property
+    def backbone(self) -> Backbone:
+        """That of the model."""
+        return self.dataset.backbone
 
     def draw(self, count: int) -> list[int]:
         """Numbers of `count` different records (all, if there are fewer), a function of the stage's seed."""
@@ -39,7 +44,7 @@ class StageView:
 
     def batches(self, records: Sequence[int], size: int = 1) -> Iterator[dict[str, Tensor]]:
         """Batches of these records of `dataset`, on the model's device."""
-        yield from batches_of(self.dataset, records, size, self.pad_id, next(self.model.parameters()).device)
+        yield from batches_of(self.dataset, records, size, next(self.model.parameters()).device)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -57,10 +62,10 @@ class StageView:
 
 
 def batches_of(
-    dataset: InstructionDataset, records: Sequence[int], size: int, pad_id: int, device: torch.device
+    dataset: InstructionDataset, records: Sequence[int], size: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of at most `size` of these records, on `device`. One without pictures has no pixel_values."""
-    collate = Collator(pad_id)
+    """Batches of at most `size` of these records, on `device`."""
+    collate = Collator(dataset.backbone)
     for start in range(0, len(records), size):
         batch = collate([dataset[record] for record in records[start : start + size]])
         yield {key: value.to(device) for key, value in batch.items()}
@@ -106,9 +111,10 @@ class Method(TrainHooks):
     def check_model(self, config: "ModelConfig") -> None:
         """Raises ValueError if the method cannot adapt such a model: before anything is trained."""
 
-    def attach(self, model: nn.Module, config: "ModelConfig") -> nn.Module:
-        """The model with what is trained attached, in training and in evaluation."""
-        return attach_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    def attach(self, model: nn.Module, backbone: Backbone, config: "ModelConfig") -> nn.Module:
+        """The model with what is trained attached, in training and in evaluation. Raises ValueError for a backbone that
+        the method cannot train."""
+        return attach_lora(model, backbone, config.lora_rank, config.lora_alpha, config.lora_dropout)
 
     def extend(self, dataset: InstructionDataset, earlier: Mapping[str, InstructionDataset]) -> InstructionDataset:
         """The records to train on, from the stage's own and those of earlier tasks by name."""

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from llaca.methods.base import WHOLE_TENSORS, Method
-from llava.model import is_projector, trainable_parameters
+from llava.adapters import is_connector, trainable_parameters
+from llava.backbone import Backbone
 
 if TYPE_CHECKING:  # the recipe knows the methods
     from llaca.config import ModelConfig
@@ -27,8 +28,11 @@ class EProj(Method):
     engines = WHOLE_TENSORS
     changes: ClassVar = {"grouping": True, "projector_learning_rate": 2e-4}
 
-    def attach(self, model: nn.Module, config: "ModelConfig") -> nn.Module:
-        model = super().attach(model, config)
+    def attach(self, model: nn.Module, backbone: Backbone, config: "ModelConfig") -> nn.Module:
+        """Raises ValueError for a backbone without a connector."""
+        if not backbone.connector:
+            raise ValueError("method eproj trains the projector alone, and this base model has none; take another")
+        model = super().attach(model, backbone, config)
         for name, parameter in trainable_parameters(model).items():
-            parameter.requires_grad_(is_projector(name))
+            parameter.requires_grad_(is_connector(name))
         return model

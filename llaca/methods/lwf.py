@@ -37,18 +37,16 @@ class LwF(Method):
         """The distillation term, None in the first stage of these parameters."""
         if self.teacher is None:
             return None
-        from llava.trainer import supervised_logits  # brings in PEFT and, where installed, bitsandbytes
-
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
+        backbone = self.stage.backbone
 
         def teacher(**given):
             return functional_call(self.stage.model, self.teacher, (), given)
 
         with torch.no_grad(), self.stage.evaluating():
-            old, _ = supervised_logits(teacher, inputs, labels)
+            old, _ = backbone.answer_logits(teacher, inputs)
         temperature = self.settings.temperature
-        words = torch.arange(old.logits.shape[-1], device=old.logits.device) != self.stage.model.config.image_token_id
+        words = torch.ones(old.logits.shape[-1], dtype=torch.bool, device=old.logits.device)
+        words[backbone.silent] = False
         said, wanted = (log_softmax(z[:, words].float() / temperature, dim=-1) for z in (outputs.logits, old.logits))
         divergence = kl_div(said, wanted, log_target=True, reduction="batchmean")
         return self.settings.penalty * temperature**2 * divergence

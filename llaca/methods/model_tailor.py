@@ -33,7 +33,7 @@ from llaca.fields import setting
 from llaca.inputs import input_energies, passes
 from llaca.methods.base import WHOLE_TENSORS
 from llaca.methods.merging import CoMA
-from llava.model import is_projector
+from llava.adapters import is_connector
 
 SOLVE_BYTES = 2**28  # of the systems that are solved at once
 BLOCK = 128
@@ -57,7 +57,7 @@ class ModelTailor(CoMA):
         if self.settings.keep_share == 1:
             return None, {}
         tailored, trained = shards.layout.gather(self.start), shards.layout.gather(shards.parameters)
-        layers = {name: weight for name, weight in trained.items() if not is_projector(name)}
+        layers = {name: weight for name, weight in trained.items() if not is_connector(name)}
         kept = adjusted = 0.0
         for names in passes(layers.items()):
             for name, total in input_energies(self.stage, names, self.settings.estimate_records).items():

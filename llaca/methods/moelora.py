@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from llaca.fields import setting
 from llaca.methods.base import Method
-from llava.model import attach_lora
+from llava.adapters import attach_lora
+from llava.backbone import Backbone
 
 if TYPE_CHECKING:  # the recipe knows the methods
     from llaca.config import ModelConfig
@@ -45,11 +46,11 @@ class MoELoRA(Method):
         if config.lora_rank % experts:
             raise ValueError(f"experts {experts} does not divide lora_rank {config.lora_rank}: take another of the two")
 
-    def attach(self, model: nn.Module, config: "ModelConfig") -> nn.Module:
+    def attach(self, model: nn.Module, backbone: Backbone, config: "ModelConfig") -> nn.Module:
         """Raises ValueError as `check_model` does."""
         self.check_model(config)
         layer = partial(expert_layer(), experts=self.settings.experts)
-        return attach_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, layer)
+        return attach_lora(model, backbone, config.lora_rank, config.lora_alpha, config.lora_dropout, layer)
 
 
 @cache

@@ -13,10 +13,11 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 
-from llava.conversation import IMAGE, SYSTEM, encode_prompt, render_prompt
+from llava.backbones.llava15 import PLACEHOLDER, SYSTEM, VICUNA
+from llava.conversation import Vocabulary, encode_prompt
 
-# The vicuna_v1 prompt of llava.conversation, for apply_chat_template. A turn is text, or a list of text and image
-# items; the texts of a turn are one text. A system message takes the place of the usual first sentence.
+# The vicuna_v1 prompt of llava/backbones/llava15.py, for apply_chat_template. A turn is text, or a list of text and
+# image items; the texts of a turn are one text. A system message takes the place of the usual first sentence.
 CHAT_TEMPLATE = """\
 {%- if not messages or messages[0]['role'] != 'system' -%}
     {{- SYSTEM + ' ' -}}
@@ -55,9 +56,9 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}
     {{- ' ASSISTANT:' -}}
 {%- endif -%}
-""".replace("SYSTEM", json.dumps(SYSTEM)).replace("IMAGE", json.dumps(IMAGE))  # fmt: skip
+""".replace("SYSTEM", json.dumps(SYSTEM)).replace("IMAGE", json.dumps(PLACEHOLDER))  # fmt: skip
 
-PROBES = (f"{IMAGE}\nWhat is it?", IMAGE, f"{IMAGE}\n2 [0.12]", "What is it?")
+PROBES = (f"{PLACEHOLDER}\nWhat is it?", PLACEHOLDER, f"{PLACEHOLDER}\n2 [0.12]", "What is it?")
 
 
 def write_processor(processor: LlavaProcessor, config: LlavaConfig, out: Path) -> None:
@@ -78,8 +79,8 @@ def write_processor(processor: LlavaProcessor, config: LlavaConfig, out: Path) -
         model_input_names=["input_ids", "attention_mask"],
     )
     for question in PROBES:
-        wanted, text = encode_prompt(old, question, 2), render_prompt(question)
-        if wanted != tokenizer(text.replace(IMAGE, 2 * IMAGE)).input_ids:
+        wanted, text = encode_prompt(Vocabulary.of(old, VICUNA), question, 2), VICUNA.prompt(question)
+        if wanted != tokenizer(text.replace(PLACEHOLDER, 2 * PLACEHOLDER)).input_ids:
             raise ValueError(
                 f"the tokenizer of {old.name_or_path} splits {question!r} otherwise with the rest of the prompt than "
                 "by itself: LlavaProcessor would ask the model other tokens than it was trained on"
@@ -116,11 +117,11 @@ def _bounded(backend: Tokenizer) -> Tokenizer:
     if (scheme := starts_words_once(content)) is None:
         return backend
     boundary = scheme["replacement"]
-    [image] = [token for token in content["added_tokens"] if token["content"] == IMAGE]
+    [image] = [token for token in content["added_tokens"] if token["content"] == PLACEHOLDER]
     image["normalized"] = True
     seen = [re.escape(token["content"]) for token in content["added_tokens"] if token["normalized"]]
-    pattern = {"Regex": rf"{IMAGE}(?!{'|'.join((' ', boundary, *seen))}|\z)"}
-    step = {"type": "Replace", "pattern": pattern, "content": IMAGE + boundary}
+    pattern = {"Regex": rf"{PLACEHOLDER}(?!{'|'.join((' ', boundary, *seen))}|\z)"}
+    step = {"type": "Replace", "pattern": pattern, "content": PLACEHOLDER + boundary}
     before = content["normalizer"]
     before = [] if before is None else before["normalizers"] if before["type"] == "Sequence" else [before]
     if step in before:
@@ -134,7 +135,7 @@ def _settings(tokenizer: PreTrainedTokenizerFast) -> dict:
     """tokenizer_config.json in the names of transformers 4; version 5 reads them, and takes tokenizer.json as it is."""
     tokens = {f"{kind}_token": getattr(tokenizer, f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")}
     return tokens | {
-        "additional_special_tokens": [IMAGE],
+        "additional_special_tokens": [PLACEHOLDER],
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": tokenizer.model_max_length,

@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from llava.base import Base, config_of, shapes_of, write_base
-from llava.files import check_finite, read_json
-from llava.model import CONFIG, LORA_TARGETS, PROJECTOR, WEIGHTS, check_same, is_projector, load_processor
-from llava.original import PEFT_PREFIX, State, of_hub, read_weights, to_original, to_transformers
+from llava.adapters import CONFIG, WEIGHTS
+from llava.backbones.llava15 import Llava15
+from llava.files import check_finite, check_same, read_json
+from llava.original.base import Base, config_of, shapes_of, write_base
+from llava.original.names import PEFT_PREFIX, State, is_projector, of_hub, read_weights, to_original, to_transformers
 
 LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 ORIGINAL_LORA, ORIGINAL_REST = "adapter_model.bin", "non_lora_trainables.bin"
@@ -82,8 +83,8 @@ def import_adapter_folder(source: str | Path, out: str | Path, base: str | Path 
         r=config["r"],
         lora_alpha=config["lora_alpha"],
         lora_dropout=config.get("lora_dropout", 0.0),
-        target_modules=LORA_TARGETS,
-        modules_to_save=list(PROJECTOR),
+        target_modules=Llava15.lora_targets,
+        modules_to_save=list(Llava15.connector),
         base_model_name_or_path=named,
         inference_mode=True,
     ).save_pretrained(out)
@@ -102,7 +103,7 @@ def export_adapter_folder(
     the original finds its vision tower. Raises what `import_adapter_folder` raises.
     """
     source, out = Path(source), Path(out)
-    config, state = _plain_config(source / CONFIG, tuple(PROJECTOR)), read_weights(source / WEIGHTS)
+    config, state = _plain_config(source / CONFIG, Llava15.connector), read_weights(source / WEIGHTS)
     if not (base or config.get("base_model_name_or_path")):
         raise ValueError(f"{source / CONFIG} names no base; give its folder as --base")
     base = Path(base or config["base_model_name_or_path"])
@@ -131,7 +132,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, dtype: torch.d
     if "mm_projector_type" in read_json(base / "config.json"):
         raise ValueError(f"{base} has the original LLaVA layout; assemble a base of it first")
     config = config_of(base)
-    processor = load_processor(base, config)
+    processor = Llava15.read_processor(base, config)
     given, weights = read_weights(adapter / WEIGHTS), read_weights(base)
     state = {of_hub(name): tensor for name, tensor in weights.items()}
     if config.tie_word_embeddings:

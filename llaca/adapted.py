@@ -12,16 +12,18 @@ from llaca.engines.deepspeed import sharded_loading, whole
 from llaca.engines.zero import shards_weights
 from llaca.methods.base import Method
 from llaca.records import TaskRecords
-from llava.features import FeatureCache, stored_features, use_features
-from llava.model import adapter_state, load_base
+from llava.adapters import adapter_state
+from llava.backbone import Backbone
+from llava.backbones import load_base
+from llava.features import FeatureCache
 
 
 @dataclass
-class Student:
-    """The model in training: its adapter attached, `fresh` its trainable state before any task, on the CPU."""
+class AdaptedModel:
+    """A base with its adapter attached. `fresh`: what trains, before any task, on the CPU; `features`: those in use."""
 
     model: torch.nn.Module
-    processor: object
+    backbone: Backbone
     fresh: dict[str, torch.Tensor]
     features: FeatureCache | None
 
@@ -33,10 +35,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def load_student(
+def load_adapted(
     recipe: Recipe, records: dict[str, TaskRecords], method: Method, features: FeatureCache | None = None
-) -> Student:
-    """The base model with a fresh adapter, and the pictures' features, if the recipe reuses them and none are given."""
+) -> AdaptedModel:
+    """The base model with a fresh adapter, and the pictures' features, if the recipe reuses them and none are given.
+
+    Raises ValueError for a base that the recipe does not fit.
+    """
     config = recipe.model
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, config.dtype)
@@ -44,14 +49,14 @@ def load_student(
     if shards_weights(recipe.run.zero):
         load_base(*settings, "meta")  # raises on every rank what the loader of shards does not notice
     with sharded_loading(recipe.run.zero, dtype):
-        model, processor = load_base(*settings, device)
+        model, backbone = load_base(*settings, device)
     if config.reuse_vision_features:
         if features is None:
             root = image_root(recipe.stream.data_root)
             lists = [[root / name for name in one.prepared.columns.pictures(one.rows)] for one in records.values()]
-            with whole(model.model.vision_tower):
-                features = stored_features(model, processor.image_processor, lists)
-        use_features(model)
+            with whole(backbone.vision(model)):
+                features = backbone.vision_features(model, lists)
+        backbone.use_features(model, features)
     seed_everything(recipe.run.seed)
-    model = method.attach(model, config)
-    return Student(model, processor, adapter_state(model, "cpu"), features)
+    model = method.attach(model, backbone, config)
+    return AdaptedModel(model, backbone, adapter_state(model, "cpu"), features)

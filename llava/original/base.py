@@ -16,12 +16,12 @@ from transformers import (
     LlavaProcessor,
 )
 
-from llava.conversation import IMAGE
-from llava.files import make_config, read_json
-from llava.image import padding_processor
-from llava.model import check_same, is_projector, load_weights
-from llava.original import (
+from llava.backbones import load_weights
+from llava.backbones.llava15 import PLACEHOLDER, Llava15, padding_processor
+from llava.files import check_same, make_config, read_json
+from llava.original.names import (
     State,
+    is_projector,
     load_tokenizer,
     of_clip,
     of_hub,
@@ -30,7 +30,7 @@ from llava.original import (
     to_original,
     to_transformers,
 )
-from llava.processor import write_processor
+from llava.original.processor import write_processor
 
 VISION_SELECT_LAYER = -2
 # Of an original config.json: what is not the language model's.
@@ -86,7 +86,7 @@ def read_base(llm: str | Path, vision: str | Path | None = None, projector: str 
         else:
             state |= _renamed(read_weights(projector), to_transformers)
     tokenizer = load_tokenizer(llm)
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    image_id = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
     if text.vocab_size < image_id or ("vision_config" not in content and text.vocab_size != image_id):
         raise ValueError(
             f"{llm}: the tokenizer has {image_id} tokens, the model {text.vocab_size}; are both whole and of one model?"
@@ -123,7 +123,7 @@ def assemble(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Return model and processor of `read_base`, in memory. Raises what it raises."""
     config, state, processor = read_base(llm, vision, projector)
-    model = load_weights(str(llm), None, config=config, state_dict=state, dtype=dtype)
+    model = load_weights(Llava15, str(llm), None, config=config, state_dict=state, dtype=dtype)
     model.generation_config = _generation_config(processor)
     return model, processor
 
@@ -131,7 +131,7 @@ def assemble(
 def write_base(base: Base, out: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write the folder that `from_pretrained` opens, in shards of 5 GB, under the names that every version reads.
 
-    The processor is that of `llava.processor`, under which the stock classes see the tokens of training.
+    The processor is that of `llava.original.processor`, under which the stock classes see the tokens of training.
     """
     config, state, processor = base
     if dtype is not None:

@@ -12,9 +12,9 @@ import torch
 from tokenizers import Tokenizer, normalizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from llava.conversation import IMAGE
+from llava.backbones.llava15 import PLACEHOLDER
 from llava.files import check_tokenizer, read_json, read_tensors, weight_files
-from llava.processor import starts_words_once
+from llava.original.processor import starts_words_once
 
 PEFT_PREFIX = "base_model.model."
 # Original name, transformers name; both with the weight's own name behind. The language model stands last, because
@@ -49,6 +49,11 @@ def to_transformers(name: str) -> str:
 def to_original(name: str) -> str:
     """Return the original name of a transformers 5 weight, of a base model or (with PEFT's prefix) of an adapter."""
     return _rename(name, tuple((theirs, ours) for ours, theirs in RULES))
+
+
+def is_projector(name: str) -> bool:
+    """Tell whether a transformers 5 name, of a base model or an adapter, is of the projector."""
+    return "multi_modal_projector." in name
 
 
 def of_clip(name: str) -> str | None:
@@ -109,7 +114,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         eos_token=stock.eos_token,
         unk_token=stock.unk_token,
         pad_token=stock.unk_token,
-        additional_special_tokens=[IMAGE],
+        additional_special_tokens=[PLACEHOLDER],
         model_max_length=stock.model_max_length,
         padding_side="right",
         clean_up_tokenization_spaces=False,
@@ -129,7 +134,7 @@ def _without_added_tokens(folder: Path, backend: Tokenizer) -> Tokenizer:
     """Drop what llava-hf added behind the sentencepiece vocabulary; refuse to drop words."""
     content, size = json.loads(backend.to_str()), backend.get_vocab_size(with_added_tokens=False)
     added = [token for token in content["added_tokens"] if token["id"] >= size]
-    if words := [token["content"] for token in added if token["content"] not in (IMAGE, "<pad>")]:
+    if words := [token["content"] for token in added if token["content"] not in (PLACEHOLDER, "<pad>")]:
         raise ValueError(
             f"{folder}: the tokenizer has {words} behind its vocabulary, which no original LLaVA has; their rows of "
             "the model would be lost"

@@ -1,0 +1,137 @@
+"""A backbone: all that a family of base models has of its own. The rest of the code takes one and imports no family.
+
+A family subclasses `Backbone` in one file of llava/backbones/, which also opens folders. Whatever is not overridden is
+that of a causal language model without pictures.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from llava.conversation import IGNORE, Template, Vocabulary
+from llava.features import FeatureCache
+
+
+class Backbone(ABC):
+    """One base model without its weights: configuration, tokenizer, and what becomes of pictures.
+
+    model_class, config_class: transformers'. template: the words of its prompts. lora_targets: regular expression of
+    the names of the linear layers that get LoRA. connector: names of the modules between pictures and language that
+    train whole beside LoRA. unquantized: modules that a quantized base keeps as they are.
+    """
+
+    model_class: ClassVar[type[PreTrainedModel]]
+    config_class: ClassVar[type[PreTrainedConfig]]
+    template: ClassVar[Template]
+    lora_targets: ClassVar[str]
+    connector: ClassVar[tuple[str, ...]] = ()
+    unquantized: ClassVar[tuple[str, ...]] = ("lm_head",)
+
+    def __init__(self, config: PreTrainedConfig, processor: Any):
+        """`processor` is transformers': a processor with a tokenizer, or a tokenizer alone."""
+        self.config, self.processor = config, processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+
+    @classmethod
+    @abstractmethod
+    def read_processor(cls, path: Path, config: PreTrainedConfig) -> Any:
+        """Return the processor of a folder. Raises FileNotFoundError or ValueError naming the file that is missing or
+        broken, or unless it fits `config`."""
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The encoder of its texts."""
+        return Vocabulary.of(self.tokenizer, self.template)
+
+    @property
+    def placeholder(self) -> int | None:
+        """The id of the token that stands for a picture's positions, None where it takes no pictures."""
+        return self.vocabulary.image
+
+    @property
+    def digest(self) -> str:
+        """What tells backbones apart that make other tokens of a record."""
+        content = f"{self.vocabulary.digest} {self.config.to_json_string()}"
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    # --- pictures ---
+
+    def picture_tokens(self, root: Path, names: Sequence[str]) -> np.ndarray:
+        """Return how many positions each of these pictures below `root` takes: int32 [len(names)]."""
+        return np.zeros(len(names), np.int32)
+
+    def picture(self, path: Path) -> dict[str, Tensor]:
+        """Return what the model takes of one picture, by the names of its arguments. Raises OSError for a picture that
+        cannot be opened."""
+        raise ValueError(f"{path}: this base model takes no pictures")
+
+    def stack(self, pictures: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return what the model takes of several pictures, of results of `picture`."""
+        return {key: torch.stack([picture[key] for picture in pictures]) for key in pictures[0]}
+
+    @contextmanager
+    def without_picture(self, model: nn.Module) -> Iterator[None]:
+        """Lets a batch without pictures reach every trained tensor meanwhile, and changes nothing else."""
+        yield
+
+    def vision(self, model: nn.Module) -> nn.Module:
+        """Return the frozen part of the model that sees. Raises ValueError where there is none."""
+        raise ValueError("reuse_vision_features: this base model has no vision tower; leave it out")
+
+    def vision_features(self, model: nn.Module, lists: Sequence[Sequence[Path]]) -> FeatureCache:
+        """Return what the vision part makes of lists of pictures, computed or read from the cache."""
+        raise NotImplementedError
+
+    def use_features(self, model: nn.Module, features: FeatureCache) -> None:
+        """Have `picture` give features, and `model`, in place, take them."""
+        raise NotImplementedError
+
+    def connect(self, model: nn.Module, records: int, dtype: torch.dtype) -> None:
+        """Run the connector of a `model` on the meta device on so many pictures, for llaca.plan; here there is none."""
+        return None
+
+    # --- text ---
+
+    @abstractmethod
+    def language(self, model: nn.Module) -> nn.Module:
+        """Return the language model's stack, with `layers` and `rotary_emb`."""
+
+    @property
+    def silent(self) -> list[int]:
+        """Rows of the head that are no words: they stay out of the loss and out of answers."""
+        return [] if self.placeholder is None else [self.placeholder]
+
+    def answer_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[ModelOutput, Tensor]:
+        """Run a collated batch; return outputs whose `logits` [tokens, words] are those of the supervised tokens alone,
+        and these tokens [tokens]."""
+        inputs = dict(batch)
+        targets = functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORE)
+        supervised = targets != IGNORE
+        return model(**inputs, logits_to_keep=supervised, use_cache=False), targets[supervised]
+
+    def token_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed cross entropy of logits [tokens, words], in float32, without what is `silent`: as in the
+        original LLaVA, whose vocabulary does not have the picture's placeholder."""
+        columns = torch.tensor(self.silent, dtype=torch.long, device=logits.device)
+        return functional.cross_entropy(logits.float().index_fill(1, columns, -torch.inf), targets, reduction="sum")
+
+    def answer_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return -log p of a collated batch's answers: the summed cross entropy of its supervised tokens."""
+        outputs, targets = self.answer_logits(model, batch)
+        return self.token_loss(outputs.logits, targets)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return transformers' model, below PEFT's wrapping if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
