@@ -1,9 +1,10 @@
 """The questions of a run's test sets: read and tokenised once for all runs of a table (data/preprocess.py)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -80,25 +81,34 @@ def questions_of(recipe: Recipe, split: str) -> Mapping[str, Questions]:
         task_of(stream.data_root, task).question_file(stream.data_root, stream.instructions, split) for task in tasks
     ]
     changed = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
-    limit, base = stream.max_test_samples, recipe.model.base
-    return _questions(stream.data_root, tuple(files), tasks, base, stream.unchecked, limit, changed)
+    wanted = Wanted(stream.data_root, tasks, tuple(files), recipe.model.base, stream.unchecked, stream.max_test_samples)
+    return _questions(wanted, changed)
+
+
+class Wanted(NamedTuple):
+    """What tells questions apart: the files of tasks, the base that is asked them, and which of them are asked."""
+
+    data_root: str
+    tasks: tuple[str, ...]
+    files: tuple[Path, ...]
+    base: str
+    unchecked: bool
+    limit: int
 
 
 @lru_cache
-def _questions(
-    data_root: str, files: Sequence[Path], tasks: Sequence[str], base: str, unchecked: bool, limit: int, _changed: tuple
-) -> dict[str, Questions]:
-    benchmark = open_benchmark(data_root)
-    backbone = open_backbone(base)
-    sources = [Source(file, "test", benchmark.task(task).instruction) for task, file in zip(tasks, files, strict=True)]
+def _questions(wanted: Wanted, _changed: tuple) -> dict[str, Questions]:
+    benchmark, backbone, tasks = open_benchmark(wanted.data_root), open_backbone(wanted.base), wanted.tasks
+    places = [benchmark.task(task).instruction for task in tasks]
+    sources = [Source(file, "test", place) for file, place in zip(wanted.files, places, strict=True)]
     found, asked = open_records(sources, benchmark.image_root, backbone.vocabulary), {}
     for task, source in zip(tasks, sources, strict=True):
         one = found[source]
         if isinstance(one, DataError):
             raise one
-        rows = one.usable(unchecked)
+        rows = one.usable(wanted.unchecked)
         # of the file's questions, those that cannot be used among them
-        rows = one.first(rows, limit)
+        rows = one.first(rows, wanted.limit)
         lengths = backbone.picture_tokens(benchmark.image_root, one.columns.names)
         asked[task] = Questions(one, rows, benchmark.image_root, backbone.placeholder, lengths)
     return asked

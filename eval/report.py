@@ -31,7 +31,7 @@ from eval.figures import (
 )
 from eval.metrics import forward_transfer
 from eval.predict import BASE, EvaluatedRun, answer_share, arguments, chosen_runs, merge_parts
-from eval.score import TaskScore, majority_score, read_answers, score_task
+from eval.score import QuestionSet, TaskScore, majority_score, read_answers, score_task
 from eval.tables import Table, method_row, read_matrix, results_table, write_matrix, write_metrics
 from eval.tasks import MODES
 from llaca import machine
@@ -48,6 +48,13 @@ def output_folder(run: EvaluatedRun) -> Path:
     return run.folder.joinpath(*own)
 
 
+def question_set(run: EvaluatedRun, task: str) -> QuestionSet:
+    """The questions of a task that the run answers."""
+    stream = run.recipe.stream
+    where = (stream.data_root, task, stream.instructions, run.split)
+    return QuestionSet(*where, stream.max_test_samples, stream.unchecked)
+
+
 def score_run(run: EvaluatedRun) -> dict:
     """Scores every cell and writes the run's files; returns its metrics, of the accuracies by `run.scoring`, and, as
     "format", the percentage of answers in the form that the task asks for, by task after the last stage, and, as
@@ -55,14 +62,13 @@ def score_run(run: EvaluatedRun) -> dict:
 
     A run that is not complete gets the matrix of its stages so far and, for want of a last row, no metrics.json.
     """
-    stream, folder = run.recipe.stream, output_folder(run)
+    folder = output_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
 
     @cache  # with grouping, many cells are one file
     def score(holder: str, task: str) -> TaskScore:
         answers = read_answers(run.answer_file(holder, task))
-        where = (stream.data_root, stream.instructions, run.split)
-        found = score_task(task, answers, *where, stream.max_test_samples, stream.unchecked)
+        found = score_task(answers, question_set(run, task))
         each = folder / "scores" / holder / f"{task}.csv"
         each.parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame.from_dict(found.per_question, orient="index").to_csv(each, index_label="question_id")
@@ -163,9 +169,7 @@ def summary(runs: list[EvaluatedRun], metrics: dict[str, dict], out: Path, paper
 def baseline(run: EvaluatedRun) -> tuple[dict[str, float], list[str]]:
     """The question-only majority baseline of every task, in percent, on the run's test sets and by its scoring, and
     the lines under a table on what it left out."""
-    stream = run.recipe.stream
-    where = (stream.data_root, stream.instructions, run.split, stream.max_test_samples, run.scoring, stream.unchecked)
-    found = {task: majority_score(task, *where) for task in stream.tasks}
+    found = {task: majority_score(question_set(run, task), run.scoring) for task in run.recipe.stream.tasks}
     left_out = {task: answers for task, (_, answers) in found.items()}
     return {task: accuracy for task, (accuracy, _) in found.items()}, majority_notes(left_out)
 

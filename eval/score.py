@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.benchmark import INSTRUCTION_SETS, image_root, open_benchmark
 from data.jsonfile import field
@@ -24,6 +24,21 @@ from eval.tasks import MODES, task_of
 
 Turns = list[tuple[str, str]]  # (question, answer) of one record
 MIN_COUNT = 5  # training answers that make a question text a guide of its own
+
+
+class QuestionSet(NamedTuple):
+    """The questions of one task that are scored: `split` of it in an instruction set of a benchmark's folder.
+
+    `limit` counts only the first records of the file, for runs that answer no more; 0: all. `unchecked` leaves out
+    what cannot be used, as such a run does in training, and counts it.
+    """
+
+    data_root: Path | str
+    task: str
+    instructions: str = "original"
+    split: str = "test"
+    limit: int = 0
+    unchecked: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,26 +93,16 @@ def check_ids(task_name: str, rows: Sequence[Mapping[str, Any]], known: Collecti
         raise ValueError(f"{task_name}: answer to unknown question_id {unknown[0]}; wrong split or data?")
 
 
-def score_task(
-    task_name: str,
-    rows: Sequence[Mapping[str, Any]],
-    data_root: Path | str,
-    instructions: str = "original",
-    split: str = "test",
-    limit: int = 0,
-    unchecked: bool = False,
-) -> TaskScore:
+def score_task(rows: Sequence[Mapping[str, Any]], questions: QuestionSet) -> TaskScore:
     """Score one task's answers in every mode.
 
     `rows` hold question_id (text or number, compared as text) and text. A question counts if it is in the question
-    file; `limit` counts only the first records of the file, for runs that were told to answer no more; 0: all.
-    `unchecked` leaves out questions that cannot be scored, as such a run did in training, and counts them. Raises
-    ValueError if there are no rows, for doubled or unknown ids and for broken references, FileNotFoundError if the data
-    are not there.
+    file. Raises ValueError if there are no rows, for doubled or unknown ids and for broken references,
+    FileNotFoundError if the data are not there.
     """
-    task = task_of(data_root, task_name)
-    found = task.read_references(data_root, instructions, split)
-    if not unchecked:
+    task, limit = task_of(questions.data_root, questions.task), questions.limit
+    found = task.read_references(questions.data_root, questions.instructions, questions.split)
+    if not questions.unchecked:
         found.whole()
     if not rows:
         raise ValueError(f"{task.name}: no answers to score")
@@ -141,16 +146,10 @@ def score_task(
     )
 
 
-def legacy_accuracy(
-    task_name: str,
-    rows: Sequence[Mapping[str, Any]],
-    data_root: Path | str,
-    instructions: str = "original",
-    split: str = "test",
-) -> float:
+def legacy_accuracy(rows: Sequence[Mapping[str, Any]], questions: QuestionSet) -> float:
     """The accuracy the released evaluator prints for these rows, doubled and unknown ids treated its way."""
-    task = task_of(data_root, task_name)
-    references = task.load_references(data_root, instructions, split)
+    task = task_of(questions.data_root, questions.task)
+    references = task.load_references(questions.data_root, questions.instructions, questions.split)
     return task.legacy_report(rows, task.legacy_scores(rows, references), references)["Accuracy"]
 
 
@@ -230,20 +229,15 @@ def backoff(question: str) -> tuple[str, str, str]:
     return question, " ".join(question.split()[:3]), ""
 
 
-def majority(
-    task_name: str,
-    data_root: Path | str,
-    instructions: str = "original",
-    split: str = "test",
-    unchecked: bool = False,
-) -> Majority:
+def majority(asked_of: QuestionSet) -> Majority:
     """Answers of the baseline that never sees a picture.
 
     The most frequent training answer to the same question text; where the text occurs fewer than MIN_COUNT times,
     to questions with the same first three words; else of the whole task. Boxes by their median; training answers
-    that are no box are left out. `unchecked` leaves out records that cannot be used, else ValueError names the first.
+    that are no box are left out. Unless unchecked, ValueError names the first record that cannot be used.
     """
-    task = task_of(data_root, task_name)
+    data_root, name, instructions, split, _, unchecked = asked_of
+    task = task_of(data_root, name)
     path = task.train_file(data_root, instructions)
     records, left_out = training_turns(path, image_root(data_root), unchecked)
     asked, faults = task.read_questions(data_root, instructions, split)
@@ -270,31 +264,10 @@ def majority(
     return Majority(rows, left_out, unusable)
 
 
-def majority_answers(
-    task_name: str, data_root: Path | str, instructions: str = "original", split: str = "test"
-) -> list[dict[str, str]]:
-    """Answer rows of `majority`."""
-    return majority(task_name, data_root, instructions, split).rows
-
-
-def majority_score(
-    task_name: str,
-    data_root: Path | str,
-    instructions: str = "original",
-    split: str = "test",
-    limit: int = 0,
-    scoring: str = "official",
-    unchecked: bool = False,
-) -> tuple[float, Majority]:
-    """Accuracy in percent of the question-only majority baseline, and its answers; arguments as in score_task."""
-    found = majority(task_name, data_root, instructions, split, unchecked)
-    score = score_task(task_name, found.rows, data_root, instructions, split, limit, unchecked)
-    return score.accuracy[scoring], found
-
-
-def majority_baseline(task_name: str, data_root: Path | str, *where: Any, **options: Any) -> float:
-    """The accuracy of `majority_score` alone."""
-    return majority_score(task_name, data_root, *where, **options)[0]
+def majority_score(questions: QuestionSet, scoring: str = "official") -> tuple[float, Majority]:
+    """Accuracy in percent of the question-only majority baseline, and its answers. Raises as `score_task` does."""
+    found = majority(questions)
+    return score_task(found.rows, questions).accuracy[scoring], found
 
 
 # --- command line ---
@@ -316,8 +289,11 @@ def score_folder(answers: Path, data_root: Path, instructions: str, split: str, 
     scores = {}
     for name in (name for name in tasks if name in files):
         rows = read_answers(files[name])
-        where = (name, rows, data_root, instructions, split)
-        scores[name] = legacy_accuracy(*where) if scoring == "legacy" else score_task(*where).accuracy[scoring]
+        questions = QuestionSet(data_root, name, instructions, split)
+        if scoring == "legacy":
+            scores[name] = legacy_accuracy(rows, questions)
+        else:
+            scores[name] = score_task(rows, questions).accuracy[scoring]
     return scores
 
 
@@ -331,12 +307,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scoring", choices=MODES, default="official")
     options = parser.parse_args(arguments)
     try:
-        where = (options.data, options.instructions, options.split)
+        where = (options.instructions, options.split)
         if options.answers is None:
-            tasks = open_benchmark(options.data).tasks
-            scores = {task: majority_baseline(task, *where, scoring=options.scoring) for task in tasks}
+            sets = {task: QuestionSet(options.data, task, *where) for task in open_benchmark(options.data).tasks}
+            scores = {task: majority_score(questions, options.scoring)[0] for task, questions in sets.items()}
         else:
-            scores = score_folder(options.answers, *where, options.scoring)
+            scores = score_folder(options.answers, options.data, *where, options.scoring)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"eval.score: {error}") from error
     print(json.dumps(scores, indent=1))

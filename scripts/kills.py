@@ -36,6 +36,7 @@ import pandas as pd
 import psutil
 
 PATIENCE = 600  # seconds until something counts as hung
+GRACE = 120  # seconds until a survivor gets Ctrl-C: torchrun waits 900 for a host that is gone before it has come
 COMMON = ["--method", "llaca", "--grouping", "false", "--tasks", "GQA", "VQAv2", "--max-train-samples", "48"]
 COMMON += ["--max-test-samples", "40", "--epochs", "3", "--save-steps", "2", "--logging-steps", "3"]
 COMMON += ["--lora-dropout", "0.1"]
@@ -69,10 +70,13 @@ class Machine:
             for victim in victims:
                 with suppress(psutil.NoSuchProcess):
                     victim.send_signal(number)
-        deadline = time.monotonic() + PATIENCE
+        began, interrupted = time.monotonic(), False
         while left := [process for process in found if alive(process)]:
-            started.poll()
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            if started.poll() is None and waited > GRACE and not interrupted:
+                started.send_signal(signal.SIGINT)
+                interrupted = True
+            if waited > PATIENCE:
                 for process in left:
                     process.kill()
                 raise RuntimeError(f"{len(left)} processes were still there {PATIENCE} s after the kill: {left}")

@@ -17,7 +17,7 @@ from data.mini import build
 from data.preprocess import Source, open_records
 from data.records import DataError
 from eval.report import main as report
-from eval.score import score_task
+from eval.score import QuestionSet, score_task
 from llaca.config import load_recipe
 from llaca.launch import prepare_data
 from llaca.stream import ordered
@@ -253,7 +253,7 @@ def test_descriptions_that_cannot_be_followed_are_refused(tmp_path):
         (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(content))
         with pytest.raises(ValueError, match=message) as error:
             check(open_benchmark(tmp_path), "original")
-            score_task("A", [], tmp_path)
+            score_task([], QuestionSet(tmp_path, "A"))
         assert "benchmark.yaml" in str(error.value)
     (tmp_path / "benchmark.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="not YAML"):
@@ -315,5 +315,6 @@ def test_your_own_benchmark_as_the_docs_say(tmp_path, tiny_base, capsys):
         ("Boxes", "[0.1, 0.2, 0.5, 0.61]", 100), ("Boxes", "[0.6, 0.7, 0.9, 0.9]", 0),
     ):  # fmt: skip
         rows = [{"question_id": str(i), "text": text} for i in range(3)]
-        assert score_task(task, rows, root).accuracy["official"] == right, (task, text)
-    assert score_task("Letters", [{"question_id": "0", "text": "the dog"}], root).per_question["0"]["lenient"] == 1
+        assert score_task(rows, QuestionSet(root, task)).accuracy["official"] == right, (task, text)
+    spoken = score_task([{"question_id": "0", "text": "the dog"}], QuestionSet(root, "Letters"))
+    assert spoken.per_question["0"]["lenient"] == 1

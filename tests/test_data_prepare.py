@@ -15,8 +15,9 @@ from releases import RELEASES, TEST, TRAIN, draw, made, save
 
 from data.prepare.__main__ import READERS, main, prepare
 from data.prepare.plain_pickle import load_plain
+from data.prepare.write import Choices
 from data.records import instruction_of, load_questions, load_samples
-from eval.score import score_task
+from eval.score import QuestionSet, score_task
 from eval.tasks import TASKS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -46,7 +47,7 @@ def instructed(records: list[dict], instruction: str) -> list[dict]:
 def run(task: str, source: Path, root: Path, **options) -> list[str]:
     if task == "ImageNet":
         options.setdefault("synsets", source / "synsets.txt")
-    return prepare(task, source, root, **options)
+    return prepare(task, source, root, Choices(**options))
 
 
 def written(root: Path) -> dict[str, bytes]:
@@ -137,7 +138,7 @@ def test_the_loaders_take_them_and_right_answers_score_100(prepared, task, which
     assert [q.image is None for q in questions] == ["image" not in record for record in TEST[task]]
     key = "answer_bbox" if task == "Grounding" else "answer"
     rows = [{"question_id": record["question_id"], "text": record[key]} for record in TEST[task]]
-    score = score_task(task, rows, prepared, which)
+    score = score_task(rows, QuestionSet(prepared, task, which))
     assert score.accuracy["official"] == 100 and score.missing == 0 and score.n == len(TEST[task])
 
 
@@ -341,9 +342,9 @@ def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="task 'VizWis' is not known; choose one of ScienceQA, "):
         prepare("VizWis", source, root)
     with pytest.raises(ValueError, match="instruction set 'new' is not known"):
-        prepare("VizWiz", source, root, ["new"])
+        prepare("VizWiz", source, root, Choices(["new"]))
     with pytest.raises(ValueError, match="--synsets chooses classes of ImageNet"):
-        prepare("VizWiz", source, root, synsets=source / "train.json")
+        prepare("VizWiz", source, root, Choices(synsets=source / "train.json"))
 
 
 # --- files that are there already ---

@@ -19,7 +19,7 @@ from data.mini import build
 from eval.metrics import forward_transfer
 from eval.predict import BASE, Answerer, answer_share, merge_parts, open_run, share_of
 from eval.report import main as report
-from eval.score import legacy_accuracy, read_answers
+from eval.score import QuestionSet, legacy_accuracy, read_answers
 from llaca.config import load_recipe
 from llaca.train import run
 
@@ -260,7 +260,7 @@ def test_tables_of_the_released_evaluators_scores(trained, tmp_path, capsys):
     data = trained.parent / "mini"
     for holder, task in (("01-ScienceQA", "ScienceQA"), ("03-GQA", "GQA")):
         rows = read_answers(folder / "answers" / holder / f"{task}.jsonl")
-        assert legacy.loc["03-GQA", task] == pytest.approx(legacy_accuracy(task, rows, data))
+        assert legacy.loc["03-GQA", task] == pytest.approx(legacy_accuracy(rows, QuestionSet(data, task)))
     assert official.loc["03-GQA", "ScienceQA"] == 0 < legacy.loc["03-GQA", "ScienceQA"]
     official_average, legacy_average = (
         json.loads((place / "metrics.json").read_text())["Avg.ACC"] for place in (folder, folder / "legacy")

@@ -7,7 +7,7 @@ import pytest
 
 from data.benchmark import open_benchmark
 from eval.report import main as report
-from eval.score import majority, majority_baseline, score_task
+from eval.score import QuestionSet, majority, majority_score, score_task
 from eval.tasks import TASKS, task_of
 from llaca.config import load_recipe
 from llaca.train import run
@@ -55,28 +55,28 @@ def right_answers(task: str, ids) -> list[dict]:
 def test_questions_that_are_never_asked_count_nowhere(tmp_path, task):
     annotate(tmp_path, task, 250)
     ask(tmp_path, task, range(20))
-    score = score_task(task, right_answers(task, range(20)), tmp_path)
+    score = score_task(right_answers(task, range(20)), QuestionSet(tmp_path, task))
     assert (score.n, score.missing, score.left_out) == (20, 0, 0)
     assert score.accuracy["official"] == score.accuracy["lenient"] == score.format_rate == 100
     # The released evaluator of ScienceQA divides by the whole split, the others by the answers.
     assert score.accuracy["legacy"] == (8 if task == "ScienceQA" else 100)
     assert list(score.per_question) == [str(i) for i in range(20)]
-    without = score_task(task, right_answers(task, range(15)), tmp_path)
+    without = score_task(right_answers(task, range(15)), QuestionSet(tmp_path, task))
     assert (without.n, without.missing, without.accuracy["official"]) == (20, 5, 75), "asked, not answered: wrong"
-    limited = score_task(task, right_answers(task, range(10)), tmp_path, limit=10)
+    limited = score_task(right_answers(task, range(10)), QuestionSet(tmp_path, task, limit=10))
     assert (limited.n, limited.accuracy) == (10, {"official": 100, "legacy": 100, "lenient": 100})
     # An entry that is never asked may be as broken as it likes.
     path = TASKS[task].annotation_files(tmp_path)[-1]
     content = json.loads(path.read_text())
     (content["data"] if task == "TextVQA" else content)[30 if task == "TextVQA" else "30"] = {"question_id": 30}
     write(path, content)
-    assert score_task(task, right_answers(task, range(20)), tmp_path).accuracy["official"] == 100
+    assert score_task(right_answers(task, range(20)), QuestionSet(tmp_path, task)).accuracy["official"] == 100
 
 
 @pytest.mark.parametrize("task", ANNOTATED)
 def test_without_a_question_file_every_annotated_question_counts(tmp_path, task):
     annotate(tmp_path, task, 40)
-    score = score_task(task, right_answers(task, range(10)), tmp_path)
+    score = score_task(right_answers(task, range(10)), QuestionSet(tmp_path, task))
     assert (score.n, score.missing, score.accuracy["official"]) == (40, 30, 25)
 
 
@@ -94,8 +94,8 @@ def test_every_question_without_an_annotation_is_found(tmp_path, task):
         assert "take the files of one release" in fault.text
         assert all(str(path) in fault.text for path in TASKS[task].annotation_files(tmp_path))
     with pytest.raises(ValueError, match=rf"Instructions/{task}/\w+\.json, record 1, question_id 7: .*1 more record"):
-        score_task(task, right_answers(task, [0, 7, 1, 9]), tmp_path)
-    score = score_task(task, right_answers(task, [0, 7, 1, 9]), tmp_path, unchecked=True)
+        score_task(right_answers(task, [0, 7, 1, 9]), QuestionSet(tmp_path, task))
+    score = score_task(right_answers(task, [0, 7, 1, 9]), QuestionSet(tmp_path, task, unchecked=True))
     assert (score.n, score.left_out, score.accuracy["official"]) == (2, 2, 100)
 
 
@@ -182,27 +182,27 @@ def own(tmp_path):
 def test_an_unchecked_run_is_scored_without_what_it_left_out(own):
     rows = [{"question_id": "0", "text": "Red"}, {"question_id": "1", "text": "2"}]
     with pytest.raises(ValueError, match=r"T/test\.json, record 1, question_id 1: 'answer' is missing .*3 more"):
-        score_task("T", rows, own)
-    score = score_task("T", rows, own, unchecked=True)
+        score_task(rows, QuestionSet(own, "T"))
+    score = score_task(rows, QuestionSet(own, "T", unchecked=True))
     assert (score.n, score.missing, score.left_out) == (1, 0, 4)
     assert score.accuracy == {"official": 100, "legacy": 100, "lenient": 100}
-    assert score_task("T", rows, own, limit=2, unchecked=True).left_out == 1
+    assert score_task(rows, QuestionSet(own, "T", limit=2, unchecked=True)).left_out == 1
     with pytest.raises(ValueError, match="T: answer to unknown question_id 2"):
-        score_task("T", [{"question_id": "2", "text": ""}], own, unchecked=True)
+        score_task([{"question_id": "2", "text": ""}], QuestionSet(own, "T", unchecked=True))
 
 
 def test_the_baseline_of_an_unchecked_run_leaves_out_the_same(own):
     with pytest.raises(ValueError, match=r"(?s)T/train\.json.*record 5 \(id '5'\): roles are .*must alternate"):
-        majority_baseline("T", own)
-    assert majority_baseline("T", own, unchecked=True) == 100
-    found = majority("T", own, unchecked=True)
+        majority_score(QuestionSet(own, "T"))
+    assert majority_score(QuestionSet(own, "T", unchecked=True))[0] == 100
+    found = majority(QuestionSet(own, "T", unchecked=True))
     assert (found.records_left_out, found.answers_left_out) == (1, 0)
 
 
 def test_a_file_of_which_nothing_can_be_scored_is_an_error(own):
     write(own / "T/test.json", [{"question_id": "1", "text": "q", "answer": 2}])
     with pytest.raises(ValueError, match=r"T/test\.json: no question of it can be scored"):
-        score_task("T", [{"question_id": "1", "text": "2"}], own, unchecked=True)
+        score_task([{"question_id": "1", "text": "2"}], QuestionSet(own, "T", unchecked=True))
 
 
 # --- region captions among boxes ---
@@ -224,13 +224,15 @@ def test_the_baseline_of_boxes_leaves_out_and_counts_what_is_no_box(tmp_path):
     write(tmp_path / "B/train.json", [*boxes, mixed, record((f"<image>\n{caption}", "inf, inf, inf, inf"))])
     test = [{"question_id": i, "text": f"{box}the ear", "answer_bbox": "[0.1, 0.2, 0.5, 0.6]"} for i in range(3)]
     write(tmp_path / "B/test.json", test)
-    assert majority_baseline("B", tmp_path) == 100
-    found = majority("B", tmp_path)
+    assert majority_score(QuestionSet(tmp_path, "B"))[0] == 100
+    found = majority(QuestionSet(tmp_path, "B"))
     assert found.answers_left_out == 2 and found.rows[0]["text"] == "[0.1000, 0.2000, 0.5000, 0.6000]"
     task = task_of(open_benchmark(tmp_path), "B")
     assert task.best_constant(["a caption", "[0, 0, 1, 1]", "nan, 0, 1, 1"]) == "[0.0000, 0.0000, 1.0000, 1.0000]"
     write(tmp_path / "B/train.json", [record((f"<image>\n{caption}", "The cupboards are white."))])
-    assert majority("B", tmp_path).rows[0]["text"] == "", "where no training answer is a box there is none to give"
+    assert majority(QuestionSet(tmp_path, "B")).rows[0]["text"] == "", (
+        "where no training answer is a box there is none to give"
+    )
 
 
 # --- all of it together ---

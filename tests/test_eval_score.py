@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.score import legacy_accuracy, main, majority_answers, majority_baseline, read_answers, score_task
+from eval.score import QuestionSet, legacy_accuracy, main, majority, majority_score, read_answers, score_task
 from eval.tasks import TASKS
 from eval.tasks.choice import legacy_option
 
@@ -31,7 +31,7 @@ def write(path, content):
 
 @pytest.mark.parametrize("task", [task for task in EXPECTED if task != "ScienceQA"])
 def test_legacy_prints_what_the_released_evaluators_print(task):
-    report = score_task(task, answers(task), GOLDEN).legacy_report
+    report = score_task(answers(task), QuestionSet(GOLDEN, task)).legacy_report
     figures = dict(line.split(": ") for line in EXPECTED[task]["printed"] if ": " in line)
     assert set(report) == set(figures)
     for name, printed in figures.items():
@@ -41,7 +41,7 @@ def test_legacy_prints_what_the_released_evaluators_print(task):
 
 
 def test_legacy_scienceqa_per_question():
-    score = score_task("ScienceQA", answers("ScienceQA"), GOLDEN)
+    score = score_task(answers("ScienceQA"), QuestionSet(GOLDEN, "ScienceQA"))
     assert score.legacy_report == {
         "Samples": EXPECTED["ScienceQA"]["count"],
         "Accuracy": EXPECTED["ScienceQA"]["accuracy"],
@@ -55,7 +55,7 @@ def test_legacy_scienceqa_per_question():
 
 
 def test_legacy_textvqa_per_question():
-    score = score_task("TextVQA", answers("TextVQA"), GOLDEN)
+    score = score_task(answers("TextVQA"), QuestionSet(GOLDEN, "TextVQA"))
     assert {key: scores["legacy"] for key, scores in score.per_question.items()} == EXPECTED["TextVQA"]["per_question"]
 
 
@@ -71,7 +71,7 @@ def test_command_line_legacy_figures(capsys):
 def test_legacy_imagenet_goes_by_position_official_by_id():
     rows = answers("ImageNet")
     turned = rows[1:] + rows[:1]
-    straight, shifted = (score_task("ImageNet", some, GOLDEN).accuracy for some in (rows, turned))
+    straight, shifted = (score_task(some, QuestionSet(GOLDEN, "ImageNet")).accuracy for some in (rows, turned))
     assert straight["official"] == shifted["official"]
     right = [record["answer"] for record in json.loads((GOLDEN / "Instructions/ImageNet/test.json").read_text())]
     by_position = [b in a["text"] or a["text"] in b for a, b in zip(turned, right, strict=True)]
@@ -87,7 +87,7 @@ def test_official_counts_missing_answers_as_wrong(task, file):
     questions = json.loads((GOLDEN / "Instructions" / task / f"{file}.json").read_text())
     given = {row["question_id"]: row["text"].strip().lower() for row in answers(task)}
     right = sum(given.get(record["question_id"]) == record["answer"].strip().lower() for record in questions)
-    score = score_task(task, answers(task), GOLDEN)
+    score = score_task(answers(task), QuestionSet(GOLDEN, task))
     assert score.accuracy["official"] == pytest.approx(100 * right / len(questions))
     assert (score.n, score.missing) == (80, 5)
     missing = next(key for key in score.per_question if key not in given)
@@ -99,7 +99,7 @@ def test_gqa_counts_balanced_questions_only():
     balanced = {key: record["answer"] for key, record in questions.items() if record["isBalanced"]}
     given = {row["question_id"]: row["text"].rstrip(".").lower() for row in answers("GQA")}
     right = sum(given.get(key) == answer.rstrip(".").lower() for key, answer in balanced.items())
-    score = score_task("GQA", answers("GQA"), GOLDEN)
+    score = score_task(answers("GQA"), QuestionSet(GOLDEN, "GQA"))
     assert set(score.per_question) == set(balanced)
     assert score.accuracy["official"] == pytest.approx(100 * right / len(balanced))
     assert score.missing == len(set(balanced) - set(given))
@@ -107,14 +107,14 @@ def test_gqa_counts_balanced_questions_only():
 
 def test_accuracies_are_the_means_of_the_questions():
     for task in TASKS:
-        score = score_task(task, answers(task), GOLDEN)
+        score = score_task(answers(task), QuestionSet(GOLDEN, task))
         for mode, accuracy in score.accuracy.items():
             counted = [scores[mode] for scores in score.per_question.values() if scores[mode] is not None]
             assert accuracy == pytest.approx(100 * np.mean(counted)), (task, mode)
 
 
 def test_format_rate_is_over_all_questions():
-    score = score_task("ScienceQA", answers("ScienceQA"), GOLDEN)
+    score = score_task(answers("ScienceQA"), QuestionSet(GOLDEN, "ScienceQA"))
     problems = json.loads((GOLDEN / "cl_dataset/ScienceQA/problems.json").read_text())
     letters = [
         row["text"] in list("ABCDE"[: len(problems[row["question_id"]]["choices"])]) for row in answers("ScienceQA")
@@ -124,7 +124,8 @@ def test_format_rate_is_over_all_questions():
 
 def test_number_and_text_ids_are_the_same():
     rows = [{**row, "question_id": str(row["question_id"])} for row in answers("TextVQA")]
-    assert score_task("TextVQA", rows, GOLDEN) == score_task("TextVQA", answers("TextVQA"), GOLDEN)
+    questions = QuestionSet(GOLDEN, "TextVQA")
+    assert score_task(rows, questions) == score_task(answers("TextVQA"), questions)
 
 
 def reason(task, given, reference):
@@ -160,7 +161,7 @@ def test_official_differs_from_legacy_exactly_as_the_docs_say():
     for task in TASKS:
         references = TASKS[task].load_references(GOLDEN)
         given = {str(row["question_id"]): row["text"] for row in answers(task)}
-        for key, scores in score_task(task, answers(task), GOLDEN).per_question.items():
+        for key, scores in score_task(answers(task), QuestionSet(GOLDEN, task)).per_question.items():
             if scores["official"] != scores["legacy"]:
                 said = {0: "no", 1: "yes", None: "not counted"}
                 why = reason(task, given.get(key), getattr(references[key], "answer", None))
@@ -188,7 +189,8 @@ def test_the_scorings_of_ones_own_benchmark(tmp_path):
     }  # fmt: skip
     for task, (references, texts, official, lenient) in cases.items():
         write(tmp_path / task / "test.json", [{"question_id": i, "text": "q", **r} for i, r in enumerate(references)])
-        score = score_task(task, [{"question_id": i, "text": text} for i, text in enumerate(texts)], tmp_path)
+        rows = [{"question_id": i, "text": text} for i, text in enumerate(texts)]
+        score = score_task(rows, QuestionSet(tmp_path, task))
         assert [given["official"] for given in score.per_question.values()] == official, task
         assert [given["lenient"] for given in score.per_question.values()] == pytest.approx(lenient), task
 
@@ -200,9 +202,9 @@ def test_the_scorings_of_ones_own_benchmark(tmp_path):
 def test_doubled_and_unknown_ids_are_errors(task):
     rows = answers(task)
     with pytest.raises(ValueError, match=f"{task}: question_id {rows[3]['question_id']} is answered 2 times"):
-        score_task(task, [*rows[:-1], rows[3]], GOLDEN)
+        score_task([*rows[:-1], rows[3]], QuestionSet(GOLDEN, task))
     with pytest.raises(ValueError, match=f"{task}: answer to unknown question_id nobody"):
-        score_task(task, [*rows[:-1], {"question_id": "nobody", "text": ""}], GOLDEN)
+        score_task([*rows[:-1], {"question_id": "nobody", "text": ""}], QuestionSet(GOLDEN, task))
 
 
 def test_legacy_treats_odd_ids_as_the_released_evaluators_do():
@@ -210,18 +212,19 @@ def test_legacy_treats_odd_ids_as_the_released_evaluators_do():
     # Read into a dictionary: strangers are passed over, the last of doubled answers counts.
     rows = answers("ScienceQA")
     wrong_first = [{**rows[0], "text": "no letter"}, stranger, *rows]
-    assert legacy_accuracy("ScienceQA", wrong_first, GOLDEN) == EXPECTED["ScienceQA"]["accuracy"]
+    assert legacy_accuracy(wrong_first, QuestionSet(GOLDEN, "ScienceQA")) == EXPECTED["ScienceQA"]["accuracy"]
     # By position: ids do not matter at all.
     nameless = [{**row, "question_id": "nobody"} for row in answers("ImageNet")]
-    assert f"Accuracy: {legacy_accuracy('ImageNet', nameless, GOLDEN):.2f}%" in EXPECTED["ImageNet"]["printed"]
+    accuracy = legacy_accuracy(nameless, QuestionSet(GOLDEN, "ImageNet"))
+    assert f"Accuracy: {accuracy:.2f}%" in EXPECTED["ImageNet"]["printed"]
     # Looked up row by row: a stranger stops them.
     with pytest.raises(ValueError, match="unknown question_id nobody"):
-        legacy_accuracy("VizWiz", [stranger], GOLDEN)
+        legacy_accuracy([stranger], QuestionSet(GOLDEN, "VizWiz"))
 
 
 def test_no_answers_is_an_error():
     with pytest.raises(ValueError, match="VizWiz: no answers"):
-        score_task("VizWiz", [], GOLDEN)
+        score_task([], QuestionSet(GOLDEN, "VizWiz"))
 
 
 @pytest.mark.parametrize(
@@ -291,8 +294,8 @@ def test_majority_against_brute_force(tmp_path, instruction):
         expected.append(next(answer for answer in pool if pool.count(answer) == best))
     right = sum(given == record["answer"] for given, record in zip(expected, test, strict=True))
     assert 0 < right < 60
-    assert [row["text"] for row in majority_answers("VQAv2", tmp_path)] == expected
-    assert majority_baseline("VQAv2", tmp_path) == pytest.approx(100 * right / 60)
+    assert [row["text"] for row in majority(QuestionSet(tmp_path, "VQAv2")).rows] == expected
+    assert majority_score(QuestionSet(tmp_path, "VQAv2"))[0] == pytest.approx(100 * right / 60)
 
 
 @pytest.mark.parametrize(
@@ -319,9 +322,9 @@ def test_later_turns_have_the_instruction_of_the_first(tmp_path, place, first, l
     others = [turns((f"{first.partition('What')[0]}Which {i}", "blue")) for i in range(30)]
     write(tmp_path / "T/train.json", [turns((first, "blue"), (later, "red"))] * 5 + others)
     write(tmp_path / "T/test.json", [{"question_id": "0", "text": test, "answer": "red"}])
-    (row,) = majority_answers("T", tmp_path)
+    (row,) = majority(QuestionSet(tmp_path, "T")).rows
     assert row == {"question_id": "0", "prompt": test, "text": "red"}
-    assert majority_baseline("T", tmp_path) == 100
+    assert majority_score(QuestionSet(tmp_path, "T"))[0] == 100
 
 
 def test_majority_box_is_the_median(tmp_path):
@@ -334,7 +337,7 @@ def test_majority_box_is_the_median(tmp_path):
     )
     questions = [{"question_id": q, "text": q, "answer_bbox": "[0, 0, 1, 1]"} for q in ("the cat", "the cow")]
     write(tmp_path / "Instructions/Grounding/test.json", questions)
-    given = [json.loads(row["text"]) for row in majority_answers("Grounding", tmp_path)]
+    given = [json.loads(row["text"]) for row in majority(QuestionSet(tmp_path, "Grounding")).rows]
     np.testing.assert_allclose(given, [np.median(boxes[:3], axis=0), np.median(boxes, axis=0)], atol=1e-4)
 
 
@@ -348,4 +351,4 @@ def test_majority_box_is_the_median(tmp_path):
 def test_broken_training_records_are_named(tmp_path, record, message):
     write(tmp_path / "Instructions/VQAv2/train.json", [record])
     with pytest.raises(ValueError, match=message):
-        majority_baseline("VQAv2", tmp_path)
+        majority_score(QuestionSet(tmp_path, "VQAv2"))[0]

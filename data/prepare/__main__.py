@@ -16,7 +16,7 @@ from data.benchmark import COIN, INSTRUCTION_SETS, open_benchmark
 from data.jsonfile import one_of
 from data.prepare import gqa, grounding, imagenet, ocrvqa, scienceqa, textvqa, vizwiz, vqav2
 from data.prepare.source import Record, Source
-from data.prepare.write import write_task
+from data.prepare.write import Choices, write_task
 
 READERS: dict[str, ModuleType] = {  # each: read(source) -> (training, evaluated records), ANNOTATIONS to copy
     "ScienceQA": scienceqa,
@@ -30,30 +30,20 @@ READERS: dict[str, ModuleType] = {  # each: read(source) -> (training, evaluated
 }
 
 
-def prepare(
-    task: str,
-    folder: Path | str,
-    root: Path | str,
-    instructions: Sequence[str] = INSTRUCTION_SETS,
-    seed: int = 0,
-    *,
-    synsets: Path | None = None,
-    skip_missing: bool = False,
-    overwrite: bool = False,
-) -> list[str]:
+def prepare(task: str, folder: Path | str, root: Path | str, choices: Choices | None = None) -> list[str]:
     """Write one task's files from the official release in `folder`; returns what was done, line by line.
 
     Raises ValueError for a broken file or record, FileNotFoundError for a file or picture that is not there
     (`skip_missing` leaves the records of missing pictures out), FileExistsError before it would overwrite.
     """
-    reader = READERS[one_of(task, READERS, "task")]
-    for which in instructions:
+    reader, choices = READERS[one_of(task, READERS, "task")], choices or Choices()
+    for which in choices.instructions:
         one_of(which, INSTRUCTION_SETS, "instruction set")
-    if synsets is not None and task != "ImageNet":
+    if choices.synsets is not None and task != "ImageNet":
         raise ValueError(f"--synsets chooses classes of ImageNet; leave it out for {task}")
     coin = open_benchmark(root, COIN)
-    source = Source(Path(folder), coin.image_root, synsets)
-    records = [with_pictures(source, split, skip_missing) for split in reader.read(source)]
+    source = Source(Path(folder), coin.image_root, choices.synsets)
+    records = [with_pictures(source, split, choices.skip_missing) for split in reader.read(source)]
     for split, name in zip(records, ("training", "evaluated"), strict=True):
         if not split:
             raise ValueError(f"{source.folder}: no usable {name} records of {task}; is the release complete?")
@@ -61,8 +51,8 @@ def prepare(
         if doubled:
             raise ValueError(f"{source.folder}: {name} record {doubled[0]} of {task} occurs twice; remove one")
     annotations = [source.path(name) for name in reader.ANNOTATIONS]
-    paths = write_task(coin, task, *records, instructions, seed, annotations, overwrite)
     train, evaluated = records
+    paths = write_task(coin, task, (train, evaluated), choices, annotations)
     known = coin.tasks[task].records
     turns = sum(len(record.turns) for record in train)
     return [
@@ -108,16 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there with other content")
     options = parser.parse_args(arguments)
     try:
-        report = prepare(
-            options.task,
-            options.source,
-            options.root,
-            options.instructions,
-            options.seed,
-            synsets=options.synsets,
-            skip_missing=options.skip_missing,
-            overwrite=options.overwrite,
-        )
+        choices = Choices(**{name: getattr(options, name) for name in Choices._fields})
+        report = prepare(options.task, options.source, options.root, choices)
     except (ValueError, OSError) as error:
         raise SystemExit(f"data.prepare: {error}") from error
     print("\n".join(report))

@@ -5,18 +5,32 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data.benchmark import Benchmark
+from data.benchmark import INSTRUCTION_SETS, Benchmark
 from data.prepare.source import Record
 from data.records import IMAGE
 
 INSTRUCTIONS = Path(__file__).parents[1] / "instructions.json"
+
+
+class Choices(NamedTuple):
+    """How a release becomes files: in which instruction sets, and by which `seed` a record's wording is drawn.
+
+    synsets: a file of ImageNet's classes to take. skip_missing: leave out records whose picture is not there.
+    overwrite: replace files that are there with other content.
+    """
+
+    instructions: Sequence[str] = INSTRUCTION_SETS
+    seed: int = 0
+    synsets: Path | None = None
+    skip_missing: bool = False
+    overwrite: bool = False
 
 
 def prompts(task: str, questions: Sequence[str], instruction: str) -> list[str]:
@@ -62,14 +76,11 @@ def _image(record: Record) -> dict[str, str]:
 def write_task(
     benchmark: Benchmark,
     task: str,
-    train: Sequence[Record],
-    evaluated: Sequence[Record],
-    instructions: Sequence[str],
-    seed: int,
+    records: tuple[Sequence[Record], Sequence[Record]],
+    choices: Choices,
     annotations: Sequence[Path] = (),
-    overwrite: bool = False,
 ) -> list[Path]:
-    """Write the task's files in the given instruction sets, and copy `annotations` to where scoring reads them.
+    """Write the task's files of (training, evaluated) records, and copy `annotations` to where scoring reads them.
 
     Returns the paths. Nothing is written if a file with other content is there, unless `overwrite`: FileExistsError.
     """
@@ -78,34 +89,23 @@ def write_task(
     files: dict[Path, Callable[[Path], object]] = {
         benchmark.image_root / spec.folders[0] / path.name: partial(shutil.copyfile, path) for path in annotations
     }
-    for which in instructions:
+    for which in choices.instructions:
         parent = benchmark.root / benchmark.instructions[which]
         # The folder that is read as the task's: one of its names that is there already, else its own name.
         folder = next((parent / name for name in spec.folders if (parent / name).is_dir()), parent / spec.folders[0])
-        for name, records, row in ((spec.train, train, train_row), (spec.test, evaluated, evaluated_row)):
-            rows = _rows(row, task, records, wordings[which], seed, f"{which} {name}")
-            files[folder / name] = partial(_write_rows, rows)
-    _write_all(files, overwrite)
+        for name, own, row in zip((spec.train, spec.test), records, (train_row, evaluated_row), strict=True):
+            drawn = partial(wording, wordings[which], choices.seed, task)
+            rows = [partial(row, task, record, drawn(record.id)) for record in own]
+            files[folder / name] = partial(_write_rows, rows, f"{which} {name}")
+    _write_all(files, choices.overwrite)
     return list(files)
 
 
-def _rows(
-    row: Callable[..., dict[str, Any]],
-    task: str,
-    records: Sequence[Record],
-    wordings: Sequence[str],
-    seed: int,
-    name: str,
-) -> Iterable[dict[str, Any]]:
-    for record in tqdm(records, desc=name, leave=False, delay=3, unit="record"):
-        yield row(task, record, wording(wordings, seed, task, record.id))
-
-
-def _write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
+def _write_rows(rows: Sequence[Callable[[], dict[str, Any]]], name: str, path: Path) -> None:
     """A JSON list, one record a line."""
     with path.open("w", encoding="utf-8") as file:
-        for number, row in enumerate(rows):
-            file.write(("[\n" if number == 0 else ",\n") + json.dumps(row))
+        for number, row in enumerate(tqdm(rows, desc=name, leave=False, delay=3, unit="record")):
+            file.write(("[\n" if number == 0 else ",\n") + json.dumps(row()))
         file.write("\n]\n")
 
 
