@@ -46,9 +46,9 @@ def load_adapted(
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, config.dtype)
     settings = (config.base, dtype, config.attention, config.quantization)
-    if shards_weights(recipe.run.zero):
+    if shards_weights(recipe.engine.zero):
         load_base(*settings, "meta")  # raises on every rank what the loader of shards does not notice
-    with sharded_loading(recipe.run.zero, dtype):
+    with sharded_loading(recipe.engine.zero, dtype):
         model, backbone = load_base(*settings, device)
     if config.reuse_vision_features:
         if features is None:

@@ -181,7 +181,7 @@ def main() -> None:
     how, arguments = parser.parse_known_args(arguments)
     try:
         runs = commands(arguments)
-        launcher = choose_launcher(how.launcher, how.num_gpus, how.hostfile, runs[0][0].run.zero)
+        launcher = choose_launcher(how.launcher, how.num_gpus, how.hostfile, runs[0][0].engine.zero)
         side_by_side = min(len(runs), machine.side_by_side()) if launcher.name == "python" else 1
         announce(runs, launcher, side_by_side)
         recipe = runs[0][0]

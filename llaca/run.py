@@ -17,12 +17,13 @@ from data.benchmark import open_benchmark
 from data.checksums import checksum
 from llaca import hosts, ranks
 from llaca.adapted import AdaptedModel, load_adapted
-from llaca.config import Recipe, TrainConfig
+from llaca.config import Recipe
 from llaca.folders import begin, checksums, origin_of, partial_of, seal, tidy
 from llaca.grouping import THRESHOLDS, Codebook
 from llaca.methods import method_of
 from llaca.pool import Choice, Pool
 from llaca.records import load_stream, stage_datasets, stage_wordings
+from llaca.sections import TrainConfig
 from llaca.stage import StageTraining
 from llaca.stream import (
     Stage,
@@ -53,7 +54,7 @@ class Run:
         Raises DataError for a broken record and ValueError or FileNotFoundError for a recipe that cannot be followed.
         """
         self.recipe, self.method, self.folder = recipe, method_of(recipe), run_folder(recipe)
-        ranks.start(recipe.run.zero)
+        ranks.start(recipe.engine.zero)
         hosts.start_alike(recipe)
         environment()  # of all ranks
         self.records = load_stream(recipe)
@@ -121,7 +122,7 @@ class Run:
                 if ranks.first():
                     self._finish(stage, report | {"environment": around} | self._went_in(stage), pool)
                 ranks.wait()
-                if self.recipe.run.zero != "none":
+                if self.recipe.engine.zero != "none":
                     self._let_go()
 
     def _empty_pool(self) -> Pool:

@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from llaca import ranks
 from llaca.adapted import seed_everything
-from llaca.config import TrainConfig
 from llaca.engines.deepspeed import cast_for_engine
 from llaca.engines.zero import deepspeed_file, shards_weights
 from llaca.folders import MEMORY, TRAINER, handed_on, load_start, partial_of
 from llaca.methods.base import StageView
 from llaca.pool import Choice
+from llaca.sections import TrainConfig
 from llaca.stream import Stage
 from llava.adapters import adapter_state, reset_connector, save_adapter, set_adapter_state
 from llava.dataset import InstructionDataset
@@ -50,9 +50,9 @@ class StageTraining:
         seed_everything(self.seed)
         if self.recipe.model.legacy_projector_reset and self.stage.index > 1:
             reset_connector(self.adapted.model)
-        if not checkpoint and self.recipe.run.zero != "none":  # on the CPU: a GPU has its own copies to make
+        if not checkpoint and self.recipe.engine.zero != "none":  # on the CPU: a GPU has its own copies to make
             start = adapter_state(self.adapted.model, "cpu")
-        if shards_weights(self.recipe.run.zero):
+        if shards_weights(self.recipe.engine.zero):
             cast_for_engine(self.adapted.model, getattr(torch, self.recipe.model.dtype))
         dataset = self._records()
         steps = self.settings.steps(len(dataset), ranks.count())
@@ -73,7 +73,7 @@ class StageTraining:
         shards = tap.layout.shards()
         averaged, report = self.method.after_task(shards, self.folder)
         self._write(tap.layout.gather(shards.parameters), None if averaged is None else tap.layout.gather(averaged))
-        if self.recipe.run.zero != "none":
+        if self.recipe.engine.zero != "none":
             tap.engine.release()
         return {
             "stage": self.stage.name,
@@ -136,6 +136,7 @@ class StageTraining:
         from llava.trainer import training_arguments
 
         settings, run, cuda = self.settings, self.recipe.run, torch.cuda.is_available()
+        zero = self.recipe.engine.zero
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.run.folder / "tensorboard" / self.stage.name)
         os.environ.update(WANDB_DIR=str(self.run.folder), WANDB_RUN_GROUP=run.run)
         os.environ.setdefault("WANDB_MODE", "offline")
@@ -158,7 +159,7 @@ class StageTraining:
             logging_steps=run.logging_steps,
             save_strategy="steps" if run.save_steps else "no",
             save_steps=run.save_steps or 1,
-            deepspeed=None if run.zero == "none" else str(deepspeed_file(run.zero)),
+            deepspeed=None if zero == "none" else str(deepspeed_file(zero)),
             report_to=run.report_to,
             run_name=f"{run.run}/{self.stage.name}",
             disable_tqdm=True,

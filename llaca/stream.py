@@ -203,8 +203,8 @@ def input_files(recipe: Recipe) -> dict[str, Path]:
     name, and every task's training file by the task's name."""
     stream, base = recipe.stream, Path(recipe.model.base)
     files = {path.name: path for path in sorted(base.glob("*")) if path.suffix in BASE_FILES and path.is_file()}
-    if recipe.run.zero != "none":
-        engine = deepspeed_file(recipe.run.zero)
+    if recipe.engine.zero != "none":
+        engine = deepspeed_file(recipe.engine.zero)
         files[engine.name] = engine
     return files | {task: train_file(stream.data_root, stream.instructions, task) for task in stream.tasks}
 

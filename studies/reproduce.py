@@ -104,7 +104,10 @@ def reproduce(name: str, options: argparse.Namespace, more: list[str]) -> str:
         prepare_data(different)
     flat = [line for own in lines.values() for line in own]
     waiting = [line for line, own in zip(flat, every, strict=True) if not is_done(own)]
-    minutes, launcher = every[0].run.expected_minutes, choose_launcher(None, options.num_gpus, None, every[0].run.zero)
+    minutes, launcher = (
+        every[0].run.expected_minutes,
+        choose_launcher(None, options.num_gpus, None, every[0].engine.zero),
+    )
     side_by_side = machine.side_by_side() if launcher.name == "python" else 1
     print(f"{study['title']}\n{len(flat)} runs, of which {len(flat) - len(waiting)} are done", end="")
     print(f": about {minutes * -(-len(waiting) // side_by_side):.0f} minutes" if minutes else "", flush=True)

@@ -16,10 +16,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from data.records import load_samples
 from llaca import ranks
 from llaca.callbacks import Tap
-from llaca.config import ModelConfig, load_recipe
+from llaca.config import load_recipe
 from llaca.inputs import input_energies, width
 from llaca.methods import METHODS
 from llaca.methods.base import StageView
+from llaca.sections import ModelConfig
 from llava.adapters import trainable_parameters
 from llava.backbones import load_base
 from llava.dataset import InstructionDataset

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import yaml
 
-from llaca.config import FIELDS, SECTIONS, Recipe, load_recipe
+from llaca.config import Recipe, load_recipe
 from llaca.fields import declared
 from llaca.launch import commands
+from llaca.sections import FIELDS, SECTIONS
 
 NEEDED = "base: b\ndata_root: d\ntasks: [GQA]\n"
 

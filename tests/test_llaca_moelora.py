@@ -16,9 +16,10 @@ from data.records import load_samples
 from eval.predict import Answerer, open_run
 from eval.report import main as report
 from eval.tables import read_matrix
-from llaca.config import ModelConfig, load_recipe
+from llaca.config import load_recipe
 from llaca.methods import METHODS
 from llaca.methods.base import Method
+from llaca.sections import ModelConfig
 from llaca.train import run
 from llava.adapters import (
     adapter_state,

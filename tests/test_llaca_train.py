@@ -256,7 +256,7 @@ def watched(*given):
     assert not alive, f"{len(alive)} of {len(seen)} weights of the stages before are still in memory"
     adapted = load(*given)
     frozen = [p for p in adapted.model.parameters() if not p.requires_grad]
-    assert {hasattr(p, "ds_id") for p in frozen} == {given[0].run.zero == "3"}, "loaded in shards, every time"
+    assert {hasattr(p, "ds_id") for p in frozen} == {given[0].engine.zero == "3"}, "loaded in shards, every time"
     seen.extend(weakref.ref(parameter) for parameter in adapted.model.parameters())
     return adapted
 run.load_adapted = watched

@@ -41,7 +41,7 @@ METHODS: dict[str, type[Method]] = {
 
 def method_of(recipe: "Recipe") -> Method:
     """The method of a recipe. Raises ValueError if it cannot follow the recipe's settings, model or engine."""
-    name, zero = recipe.method.method, recipe.run.zero
+    name, zero = recipe.method.method, recipe.engine.zero
     method = METHODS[name](recipe.settings)
     if zero not in method.engines:
         works = f"{', '.join(method.engines)} (none: one process or DDP)"

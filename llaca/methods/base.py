@@ -4,19 +4,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from llaca.engines.shards import Shards
+from llaca.sections import ModelConfig
 from llava.adapters import attach_lora, trainable_parameters
 from llava.backbone import Backbone
 from llava.dataset import Collator, InstructionDataset
 from llava.hooks import TrainHooks
-
-if TYPE_CHECKING:  # the recipe knows the methods
-    from llaca.config import ModelConfig
 
 EVERY_ENGINE = ("none", "0", "1", "2", "3", "3-offload")
 WHOLE_TENSORS = ("none", "0", "1", "2")  # engines under which every rank has whole weights to compute with
@@ -108,10 +106,10 @@ class Method(TrainHooks):
         """Whether the method has a `memory`."""
         return type(self).memory is not Method.memory
 
-    def check_model(self, config: "ModelConfig") -> None:
+    def check_model(self, config: ModelConfig) -> None:
         """Raises ValueError if the method cannot adapt such a model: before anything is trained."""
 
-    def attach(self, model: nn.Module, backbone: Backbone, config: "ModelConfig") -> nn.Module:
+    def attach(self, model: nn.Module, backbone: Backbone, config: ModelConfig) -> nn.Module:
         """The model with what is trained attached, in training and in evaluation. Raises ValueError for a backbone that
         the method cannot train."""
         return attach_lora(model, backbone, config.lora_rank, config.lora_alpha, config.lora_dropout)

@@ -10,16 +10,14 @@ answered with the projector of the most similar group. Similarity is that of the
 LoRA is attached as everywhere, so that adapters have one format, but rests at zero: the language model is the base's.
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from llaca.methods.base import WHOLE_TENSORS, Method
+from llaca.sections import ModelConfig
 from llava.adapters import is_connector, trainable_parameters
 from llava.backbone import Backbone
-
-if TYPE_CHECKING:  # the recipe knows the methods
-    from llaca.config import ModelConfig
 
 
 class EProj(Method):
@@ -28,7 +26,7 @@ class EProj(Method):
     engines = WHOLE_TENSORS
     changes: ClassVar = {"grouping": True, "projector_learning_rate": 2e-4}
 
-    def attach(self, model: nn.Module, backbone: Backbone, config: "ModelConfig") -> nn.Module:
+    def attach(self, model: nn.Module, backbone: Backbone, config: ModelConfig) -> nn.Module:
         """Raises ValueError for a backbone without a connector."""
         if not backbone.connector:
             raise ValueError("method eproj trains the projector alone, and this base model has none; take another")

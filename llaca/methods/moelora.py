@@ -17,18 +17,15 @@ lora_router [E, in]. Stock PEFT reads such a folder as plain LoRA, without its g
 
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from llaca.fields import setting
 from llaca.methods.base import Method
+from llaca.sections import ModelConfig
 from llava.adapters import attach_lora
 from llava.backbone import Backbone
-
-if TYPE_CHECKING:  # the recipe knows the methods
-    from llaca.config import ModelConfig
 
 
 class MoELoRA(Method):
@@ -40,13 +37,13 @@ class MoELoRA(Method):
 
     mergeable = False
 
-    def check_model(self, config: "ModelConfig") -> None:
+    def check_model(self, config: ModelConfig) -> None:
         """Raises ValueError unless the experts can share lora_rank equally."""
         experts = self.settings.experts
         if config.lora_rank % experts:
             raise ValueError(f"experts {experts} does not divide lora_rank {config.lora_rank}: take another of the two")
 
-    def attach(self, model: nn.Module, backbone: Backbone, config: "ModelConfig") -> nn.Module:
+    def attach(self, model: nn.Module, backbone: Backbone, config: ModelConfig) -> nn.Module:
         """Raises ValueError as `check_model` does."""
         self.check_model(config)
         layer = partial(expert_layer(), experts=self.settings.experts)
