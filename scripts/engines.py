@@ -40,16 +40,16 @@ ENGINES = {  # name -> processes, flags of llaca.train
     "ZeRO 3 x2": (2, ["--batch-size", "4", "--zero", "3"]),
     "ZeRO 3 offload x2": (2, ["--batch-size", "4", "--zero", "3-offload"]),
 }
-COMMON = ["--grouping", "false", "--tasks", "GQA", "VQAv2", "--max-train-samples", "96", "--epochs", "1"]
+COMMON = ["--grouping", "false", "--tasks", "GQA", "VQAv2", "--epochs", "1"]
 COMMON += ["--loss-normalisation", "global", "--logging-steps", "5"]
 
 
-def train(work: Path, engine: str, rules: list[str]) -> None:
+def train(work: Path, engine: str, rules: list[str], records: int) -> None:
     """All rules under one engine, and LoRA for the count of collectives; one start of the processes for all."""
     processes = ENGINES[engine][0]
     if all((work / run_name(engine, rule) / STAGE / "DONE").is_file() for rule in rules):
         return
-    module = [__file__, "--worker", engine, "--work", str(work), "--rules", *rules]
+    module = [__file__, "--worker", engine, "--work", str(work), "--records", str(records), "--rules", *rules]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": os.getcwd()}
     done = subprocess.run(
@@ -59,7 +59,7 @@ def train(work: Path, engine: str, rules: list[str]) -> None:
         sys.exit(f"{engine} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
 
 
-def work_on(work: Path, engine: str, rules: list[str]) -> None:
+def work_on(work: Path, engine: str, rules: list[str], records: int) -> None:
     """What one process of `train` does; counts the collectives that Python code asks for."""
     import torch.distributed as dist
 
@@ -84,11 +84,8 @@ def work_on(work: Path, engine: str, rules: list[str]) -> None:
             ["--method", "lora"] if rule == "lora" else ["--method", "llaca", "--average", rule, "--beta-trace", "full"]
         )
         calls = 0
-        run(
-            load_recipe(
-                [*COMMON, *ENGINES[engine][1], *method, "--runs-dir", str(work), "--run", run_name(engine, rule)]
-            )
-        )
+        where = ["--runs-dir", str(work), "--run", run_name(engine, rule), "--max-train-samples", str(records)]
+        run(load_recipe([*COMMON, *ENGINES[engine][1], *method, *where]))
         counts[rule] = calls
     if ranks.first():
         (work / f"{run_name(engine, 'collectives')}.json").write_text(json.dumps(counts))
@@ -131,19 +128,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rules", nargs="+", default=["eq45", "eq14", "lcia_release"])
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--records", type=int, default=96, help="of each stage")
     parser.add_argument("--work", type=Path, help="keeps the runs there; a second call does not repeat them")
     parser.add_argument("--out", type=Path, help="a CSV file for the table")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return work_on(args.work, args.worker, args.rules)
+        return work_on(args.work, args.worker, args.rules, args.records)
     prepare_data(load_recipe([*COMMON, "--method", "lora"]))
     with tempfile.TemporaryDirectory() as folder:
         work = args.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
         for engine in args.engines:
             print(f"{engine} ...", file=sys.stderr, flush=True)
-            train(work, engine, args.rules)
+            train(work, engine, args.rules, args.records)
         table = pd.DataFrame([row(work, e, rule, args.engines[0]) for rule in args.rules for e in args.engines])
     shown = dict.fromkeys(("beta", "relative", "average"), "{:.1e}".format)
     shown |= {"fallback %": "{:.1f}".format, "beyond 1e-4 %": "{:.2f}".format, "collectives a step": "{:.0f}".format}

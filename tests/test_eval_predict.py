@@ -299,7 +299,7 @@ def test_runs_of_one_row_are_told_apart_from_those_of_another(trained, tmp_path)
 @pytest.mark.slow
 def test_batches_processes_and_kills_change_no_answer_of_coin_mini(tmp_path):
     """All eight test sets, the shipped base: one at a time against batches, two processes, and a kill in the middle."""
-    build_in(tmp_path / "mini", {"train": 8, "dev": 4, "test": 250})
+    build_in(tmp_path / "mini", {"train": 8, "dev": 4, "test": 100})
     runs, environment = tmp_path / "runs", {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for name in ("single", "batched", "two", "killed"):
         line = [
@@ -328,7 +328,7 @@ def test_batches_processes_and_kills_change_no_answer_of_coin_mini(tmp_path):
     assert list((runs / "killed").rglob("*.part-0")) and not list((runs / "killed").rglob("*.jsonl"))
     go(predict(runs, 2, "killed"))
     single = files(runs / "single")
-    assert len(single) == 8 and sum(content.count(b"\n") for content in single.values()) == 2000
-    assert len({json.loads(line)["text"] for content in single.values() for line in content.splitlines()}) > 100
+    assert len(single) == 8 and sum(content.count(b"\n") for content in single.values()) == 800
+    assert len({json.loads(line)["text"] for content in single.values() for line in content.splitlines()}) > 50
     for name in ("batched", "two", "killed"):
         assert files(runs / name) == single, name

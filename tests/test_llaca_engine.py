@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 def test_every_engine_gives_the_betas_and_averages_of_one_process(tmp_path):
     """The script exits with 1 if a beta or an average is more than 1e-4 apart."""
     out, engines = tmp_path / "table.csv", ["one process, accumulation 2", "DDP x2", "ZeRO 2 x2", "ZeRO 3 x2"]
-    line = [sys.executable, "scripts/engines.py", "--out", str(out), "--work", str(tmp_path), "--engines", *engines]
+    line = [sys.executable, "scripts/engines.py", "--out", str(out), "--work", str(tmp_path), "--records", "48",
+            "--engines", *engines]  # fmt: skip
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
     table = pd.read_csv(out).set_index(["rule", "engine"])

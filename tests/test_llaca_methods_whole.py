@@ -126,11 +126,16 @@ def test_in_bfloat16_the_model_shows_what_methods_write_into_float32_masters(tin
 @pytest.mark.slow
 def test_runs_under_zero_2_in_two_processes(arguments, tmp_path):  # noqa: F811
     """Three stages, the third continuing a group, by methods that compute with whole tensors after a stage."""
-    for name in ("cofima", "ewc", "model_tailor", "moelora"):
-        line = [*arguments[:-1], name, "--method", name, "--grouping", "true", "--zero", "2", "--batch-size", "4"]
-        launch = [sys.executable, "-m", "llaca.launch", "--launcher", "torchrun", "--num-gpus", "2"]
-        done = subprocess.run([*launch, *line], capture_output=True, text=True)
-        assert done.returncode == 0, (name, done.stderr[-3000:])
+    names = ("cofima", "ewc", "model_tailor", "moelora")
+    more = ["--grouping", "true", "--zero", "2", "--batch-size", "4"]
+    lines = [[*arguments[:-1], name, "--method", name, *more] for name in names]
+    script = tmp_path / "runs.py"  # one start of the processes for all
+    script.write_text(f"from llaca.config import load_recipe\nfrom llaca.train import run\n"
+                      f"for line in {lines}:\n    run(load_recipe(line))\n")  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*TORCHRUN, str(script)], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names:
         told = [json.loads(path.read_text()) for path in sorted(tmp_path.glob(f"runs/{name}/stages/*/stage.json"))]
         assert [own["engine"] for own in told] == ["DeepSpeed ZeRO 2"] * 3
         assert len({own["trained_parameters"] for own in told}) == 1
