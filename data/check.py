@@ -26,7 +26,7 @@ import numpy as np
 from data.benchmark import COIN, INSTRUCTION_SETS, Benchmark, open_benchmark
 from data.cache import cache_folder, replace_whole
 from data.columns import Encoder, TrainingColumns
-from data.preprocess import Prepared, Source, open_records, silent_problems
+from data.preprocess import Prepared, RecordFile, open_records, silent_problems
 from data.records import SHOWN_PROBLEMS, DataError, Problem
 from data.references import files_of
 
@@ -139,7 +139,7 @@ def check(benchmark: Benchmark, instructions: str, tasks: Sequence[str] = (), re
     """Checks the named tasks, or all; with a `reader`, also what it cannot use. Every picture that has changed since it
     was looked at is looked at again. Raises ValueError for a task or instruction set that there is not."""
     start, files = time.monotonic(), []
-    sources: dict[Source, FileReport] = {}
+    sources: dict[RecordFile, FileReport] = {}
     for name in tasks or benchmark.tasks:
         spec = benchmark.task(name)
         try:
@@ -150,7 +150,7 @@ def check(benchmark: Benchmark, instructions: str, tasks: Sequence[str] = (), re
             continue
         for split, path in (("train", folder / spec.train), ("test", folder / spec.test)):
             files.append(FileReport(spec.name, split, path, known=spec.records.get(split)))
-            sources[Source(path, split, spec.instruction)] = files[-1]
+            sources[RecordFile(path, split, spec.instruction)] = files[-1]
     prepared = open_records(list(sources), benchmark.image_root, reader and reader.encoder, thorough=True)
     for source, report in sources.items():
         _report(benchmark, report, prepared[source], reader)

@@ -49,7 +49,7 @@ ALONE = 16 << 20  # bytes of files that this process makes by itself
 LOOKED_AT = 2_000  # pictures that it looks at by itself
 
 
-class Source(NamedTuple):
+class RecordFile(NamedTuple):
     """A file of records. `kind`: train or test; `place`: where a prompt holds its instruction (instruction_of)."""
 
     path: Path
@@ -61,7 +61,7 @@ class Source(NamedTuple):
 class Prepared:
     """The columns of a file below an image root, and what is wrong with its pictures, by their names."""
 
-    source: Source
+    source: RecordFile
     columns: Columns
     faults: dict[str, tuple[str, str]] = field(default_factory=dict)  # name -> (what is wrong, kind)
 
@@ -115,14 +115,14 @@ def silent_problems(prepared: Prepared, rows: np.ndarray) -> list[Problem]:
     ]
 
 
-def columns_file(source: Source, encoder: Encoder | None) -> Path:
+def columns_file(source: RecordFile, encoder: Encoder | None) -> Path:
     """Where the columns of a file are."""
     parts = [str(VERSION), source.kind, source.place, checksum(source.path), encoder.digest if encoder else ""]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     return cache_folder() / "records" / f"{name}.safetensors"
 
 
-def make(source: Source, encoder: Encoder | None) -> Columns:
+def make(source: RecordFile, encoder: Encoder | None) -> Columns:
     """Read, validate and tokenise a file. Raises DataError for a file that is no list of records."""
     problems: list[Problem] = []
     records = read_list(source.path)
@@ -131,11 +131,11 @@ def make(source: Source, encoder: Encoder | None) -> Columns:
     return question_columns(questions_of(records, problems), source.place, encoder, problems, len(records))
 
 
-def prepare(sources: Sequence[Source], encoder: Encoder | None) -> dict[Source, Columns | DataError]:
+def make_columns(sources: Sequence[RecordFile], encoder: Encoder | None) -> dict[RecordFile, Columns | DataError]:
     """Return the columns of each file, made where they are not there yet; a DataError in place of a file that is no
     list of records. Raises OSError where the cache cannot be written to."""
-    found: dict[Source, Columns | DataError] = {}
-    files: dict[Source, Path] = {}  # sources of the same content have one file
+    found: dict[RecordFile, Columns | DataError] = {}
+    files: dict[RecordFile, Path] = {}  # sources of the same content have one file
     for source in sources:
         try:
             files[source] = columns_file(source, encoder)
@@ -168,7 +168,7 @@ def _is_whole(kind: type[Columns], file: Path) -> bool:
     return True
 
 
-def _make_here(source: Source, encoder: Encoder | None, file: Path) -> list[str]:
+def _make_here(source: RecordFile, encoder: Encoder | None, file: Path) -> list[str]:
     try:
         make_once([file], lambda _, new: save(make(source, encoder), new), partial(_is_whole, KINDS[source.kind]))
     except DataError as error:
@@ -176,7 +176,7 @@ def _make_here(source: Source, encoder: Encoder | None, file: Path) -> list[str]
     return []
 
 
-def _make_elsewhere(source: Source, encoder: Encoder | None, file: Path) -> list[str]:
+def _make_elsewhere(source: RecordFile, encoder: Encoder | None, file: Path) -> list[str]:
     job = {"path": str(source.path), "kind": source.kind, "place": source.place, "file": str(file)}
     job["encoder"] = b64encode(pickle.dumps(encoder)).decode()
     return _worker(job, str(source.path))
@@ -192,14 +192,14 @@ def _worker(job: dict, what: str) -> list:
 
 
 def main() -> None:
-    """A process that `prepare` or `look` started: does the job on its standard input, prints the problems as JSON."""
+    """A process of `make_columns` or `look`: does the job on its standard input, prints the problems as JSON."""
     gc.disable()  # what is made here are millions of small objects without cycles: looking for these takes a fifth
     job = json.load(sys.stdin)
     if "pictures" in job:
         print(json.dumps(_look_at(Path(job["root"]), job["pictures"])))
         return
     encoder = pickle.loads(b64decode(job["encoder"]))
-    print(json.dumps(_make_here(Source(Path(job["path"]), job["kind"], job["place"]), encoder, Path(job["file"]))))
+    print(json.dumps(_make_here(RecordFile(Path(job["path"]), job["kind"], job["place"]), encoder, Path(job["file"]))))
 
 
 # --- pictures ---
@@ -340,17 +340,17 @@ Faults = Mapping[str, tuple[str, str]]  # picture -> (what is wrong, kind)
 
 
 def open_records(
-    sources: Sequence[Source],
+    sources: Sequence[RecordFile],
     image_root: Path,
     encoder: Encoder | None,
     thorough: bool = False,
     faults: Faults | None = None,
-) -> dict[Source, Prepared | DataError]:
-    """`prepare`, and `look` at the pictures of all that could be read, unless their `faults` are known."""
-    columns = prepare(sources, encoder)
+) -> dict[RecordFile, Prepared | DataError]:
+    """`make_columns`, and `look` at the pictures of all that could be read, unless their `faults` are known."""
+    columns = make_columns(sources, encoder)
     if faults is None:
         faults = look([one for one in columns.values() if isinstance(one, Columns)], image_root, thorough)
-    found: dict[Source, Prepared | DataError] = {}
+    found: dict[RecordFile, Prepared | DataError] = {}
     for source, one in columns.items():
         if isinstance(one, DataError):
             found[source] = one

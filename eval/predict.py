@@ -29,7 +29,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from eval.questions import Questions, questions_of
+from eval.questions import Questions, run_questions
 from eval.tasks import task_of
 from llaca import ranks
 from llaca.config import Recipe
@@ -86,7 +86,7 @@ class EvaluatedRun:
     @property
     def questions(self) -> Mapping[str, Questions]:
         """The questions of every task that this run answers, shared with the other runs that ask them."""
-        return questions_of(self.recipe, self.split)
+        return run_questions(self.recipe, self.split)
 
     @cached_property
     def rows(self) -> list[Row]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.benchmark import open_benchmark
-from data.preprocess import Prepared, Source, open_records
+from data.preprocess import Prepared, RecordFile, open_records
 from data.records import DataError
 from eval.tasks import task_of
 from llaca.config import Recipe
@@ -70,7 +70,7 @@ class Questions:
         return self.prepared.wordings(self.rows, grouping)
 
 
-def questions_of(recipe: Recipe, split: str) -> Mapping[str, Questions]:
+def run_questions(recipe: Recipe, split: str) -> Mapping[str, Questions]:
     """The questions of every task of the recipe's stream, in training order. Runs that ask the same share them.
 
     Raises DataError for a question that cannot be asked, unless the recipe goes on unchecked.
@@ -100,7 +100,7 @@ class Wanted(NamedTuple):
 def _questions(wanted: Wanted, _changed: tuple) -> dict[str, Questions]:
     benchmark, backbone, tasks = open_benchmark(wanted.data_root), open_backbone(wanted.base), wanted.tasks
     places = [benchmark.task(task).instruction for task in tasks]
-    sources = [Source(file, "test", place) for file, place in zip(wanted.files, places, strict=True)]
+    sources = [RecordFile(file, "test", place) for file, place in zip(wanted.files, places, strict=True)]
     found, asked = open_records(sources, benchmark.image_root, backbone.vocabulary), {}
     for task, source in zip(tasks, sources, strict=True):
         one = found[source]

@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from eval.facts import facts, fallback_notes, format_notes, majority_notes, scoring_notes, stories
 from eval.figures import (
     accuracy_heatmap,
     accuracy_heatmaps,
@@ -31,6 +30,7 @@ from eval.figures import (
 )
 from eval.metrics import forward_transfer
 from eval.predict import BASE, EvaluatedRun, answer_share, arguments, chosen_runs, merge_parts
+from eval.run_statistics import fallback_notes, format_notes, majority_notes, run_statistics, scoring_notes, stories
 from eval.score import QuestionSet, TaskScore, majority_score, read_answers, score_task
 from eval.tables import Table, method_row, read_matrix, results_table, write_matrix, write_metrics
 from eval.tasks import MODES
@@ -158,7 +158,7 @@ def summary(runs: list[EvaluatedRun], metrics: dict[str, dict], out: Path, paper
     rows = [method_row(label, [metrics[run.name] for run in members]) for label, members in methods.items()]
     majority, left_out = baseline(runs[0])
     table = results_table(rows, majority, paper)
-    behind = facts(methods, metrics)
+    behind = run_statistics(methods, metrics)
     notes = [*scoring_notes(runs[0].scoring, paper), *table.notes, *left_out]
     table = replace(table, notes=(*notes, *format_notes(methods, metrics), *fallback_notes(behind)))
     write_table(table, behind, runs, out)
@@ -175,7 +175,8 @@ def baseline(run: EvaluatedRun) -> tuple[dict[str, float], list[str]]:
 
 
 def write_table(table: Table, behind: pd.DataFrame, runs: list[EvaluatedRun], out: Path) -> None:
-    """table.{txt,md,csv,tex}, and what lies behind it: runs.csv (`facts`) and matrices.csv, every cell of every run."""
+    """table.{txt,md,csv,tex}, and what lies behind it: runs.csv (`run_statistics`) and matrices.csv, all cells of all
+    runs."""
     out.mkdir(parents=True, exist_ok=True)
     for suffix, render in FORMATS.items():
         (out / f"table.{suffix}").write_text(render(table), encoding="utf-8")

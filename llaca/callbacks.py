@@ -30,7 +30,7 @@ from llava.trainer import LlavaTrainer
 COMPLETE = "COMPLETE"
 
 
-class Tap(TrainerCallback):
+class MethodCallback(TrainerCallback):
     """Calls `method.before_task(shards, matched, steps)` when training begins and, while `method.watches`,
     `method.after_backward(shards)` and `method.after_step(shards)` once per optimizer step.
 
@@ -117,9 +117,9 @@ class Tap(TrainerCallback):
         about = {id(tensor): tensor for group in optimizer.param_groups for tensor in group["params"]}
         passes = self.trainer.current_gradient_accumulation_steps  # fewer at the end of an epoch
         missing = [
-            piece.name
-            for piece in self.layout.pieces
-            if self._reached[piece.name] < passes or (id(piece.flat) in about and piece.flat.grad is None)
+            part.name
+            for part in self.layout.slices
+            if self._reached[part.name] < passes or (id(part.flat) in about and part.flat.grad is None)
         ]
         if missing:
             now, least = self.trainer.state.global_step + 1, min(self._reached[name] for name in missing)
@@ -211,8 +211,8 @@ class Checkpoints(TrainerCallback):
     seconds: of training so far, those before the kill included.
     """
 
-    def __init__(self, tap: Tap, folder: Path, checkpoint: Path | None):
-        self.tap, self.folder, self.checkpoint = tap, folder, checkpoint
+    def __init__(self, callback: MethodCallback, folder: Path, checkpoint: Path | None):
+        self.callback, self.folder, self.checkpoint = callback, folder, checkpoint
         self._before = 0.0
         self._started = time.monotonic()
 
@@ -221,7 +221,7 @@ class Checkpoints(TrainerCallback):
         return self._before + time.monotonic() - self._started
 
     def _state_file(self, checkpoint: Path, rank: int) -> Path:
-        return checkpoint / f"method-{rank if self.tap.layout.sharded else 0}.pt"
+        return checkpoint / f"method-{rank if self.callback.layout.sharded else 0}.pt"
 
     def _loss_file(self, checkpoint: Path, rank: int) -> Path:
         return checkpoint / f"loss-{rank}.json"
@@ -229,24 +229,26 @@ class Checkpoints(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self.checkpoint is not None:
             path = self._state_file(self.checkpoint, args.process_index)
-            self.tap.method.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            self.callback.method.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
             told = json.loads((self.checkpoint / COMPLETE).read_text(encoding="utf-8"))
             self._before = told["seconds"]
             # Since the last line of the log, which the Trainer's own checkpoint leaves out.
             loss = json.loads(self._loss_file(self.checkpoint, args.process_index).read_text(encoding="utf-8"))
-            self.tap.trainer._tr_loss += loss["sum"]
-            self.tap.trainer._globalstep_last_logged = loss["from"]
+            self.callback.trainer._tr_loss += loss["sum"]
+            self.callback.trainer._globalstep_last_logged = loss["from"]
             state.compute_steps(args, state.max_steps)  # this command's --save_steps, not that of the one before
         self._started = time.monotonic()
 
     def on_save(self, args, state, control, **kwargs):
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
-        broken = [name for name, p in trainable_parameters(self.tap.trainer.model).items() if not p.isfinite().all()]
+        broken = [
+            name for name, p in trainable_parameters(self.callback.trainer.model).items() if not p.isfinite().all()
+        ]
         if broken:
             raise FloatingPointError(f"{checkpoint}: not finite, and not completed: {broken}")
-        if self.tap.layout.sharded or ranks.first():
-            torch.save(self.tap.method.state_dict(), self._state_file(checkpoint, args.process_index))
-        loss = {"sum": self.tap.trainer._tr_loss.item(), "from": self.tap.trainer._globalstep_last_logged}
+        if self.callback.layout.sharded or ranks.first():
+            torch.save(self.callback.method.state_dict(), self._state_file(checkpoint, args.process_index))
+        loss = {"sum": self.callback.trainer._tr_loss.item(), "from": self.callback.trainer._globalstep_last_logged}
         self._loss_file(checkpoint, args.process_index).write_text(json.dumps(loss), encoding="utf-8")
         ranks.wait()
         sync_tree(checkpoint)  # on every host

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data.benchmark import image_root, open_benchmark, train_file
-from data.preprocess import Prepared, Source, faults_of, open_records
+from data.preprocess import Prepared, RecordFile, faults_of, open_records
 from data.records import DataError
 from llaca import hosts, ranks
 from llaca.config import Recipe
@@ -44,7 +44,7 @@ def load_stream(recipe: Recipe) -> dict[str, TaskRecords]:
     stream, benchmark = recipe.stream, open_benchmark(recipe.stream.data_root)
     vocabulary = open_backbone(recipe.model.base).vocabulary
     sources = {
-        task: Source(train_file(benchmark, stream.instructions, task), "train", benchmark.task(task).instruction)
+        task: RecordFile(train_file(benchmark, stream.instructions, task), "train", benchmark.task(task).instruction)
         for task in ordered(stream.tasks, stream.order)
     }
     files, faults, first = list(sources.values()), None, ranks.first_of_host()

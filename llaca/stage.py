@@ -42,7 +42,7 @@ class StageTraining:
         The stage goes on from its last checkpoint, if there is one. `bar` is moved on with every step.
         """
         # These bring in PEFT and, where installed, bitsandbytes.
-        from llaca.callbacks import Checkpoints, StopOnSignal, Tap, latest, truncate_log
+        from llaca.callbacks import Checkpoints, MethodCallback, StopOnSignal, latest, truncate_log
         from llava.trainer import StepLog
 
         self._take_start()
@@ -58,10 +58,10 @@ class StageTraining:
         steps = self.settings.steps(len(dataset), ranks.count())
         bar.total += steps - self.run.steps(self.stage)
         trainer = self._trainer(dataset)
-        tap = Tap(self.method, self.choice.matched, steps, start, self.recipe.method.seen_gradient)
-        del start  # the tap lets it go when the engine has it
-        tap.attach(trainer)
-        checkpoints, stop = Checkpoints(tap, self.folder / TRAINER, checkpoint), StopOnSignal()
+        callback = MethodCallback(self.method, self.choice.matched, steps, start, self.recipe.method.seen_gradient)
+        del start  # the callback lets it go when the engine has it
+        callback.attach(trainer)
+        checkpoints, stop = Checkpoints(callback, self.folder / TRAINER, checkpoint), StopOnSignal()
         trainer.add_callback(checkpoints)
         trainer.add_callback(stop)
         if ranks.first():
@@ -70,20 +70,22 @@ class StageTraining:
             trainer.add_callback(StepLog(bar, self.stage.name, log))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stop.leave_if_stopped(self.folder)
-        shards = tap.layout.shards()
+        shards = callback.layout.shards()
         averaged, report = self.method.after_task(shards, self.folder)
-        self._write(tap.layout.gather(shards.parameters), None if averaged is None else tap.layout.gather(averaged))
+        self._write(
+            callback.layout.gather(shards.parameters), None if averaged is None else callback.layout.gather(averaged)
+        )
         if self.recipe.engine.zero != "none":
-            tap.engine.release()
+            callback.engine.release()
         return {
             "stage": self.stage.name,
             "tasks": list(self.stage.tasks),
             "samples": len(dataset),
             "steps": trainer.state.global_step,
             "seconds": round(checkpoints.seconds, 1),
-            "trained_parameters": sum(piece.shape.numel() for piece in tap.layout.pieces),
+            "trained_parameters": sum(part.shape.numel() for part in callback.layout.slices),
             "peak_memory_bytes": ranks.peak_memory(),
-            "engine": tap.layout.engine,
+            "engine": callback.layout.engine,
             "start": self.choice.start,
             "group": self.choice.group,
             "similarity": self.choice.scores,

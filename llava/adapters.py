@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llava.backbone import Backbone
-from llava.files import check_same, read_json, read_tensors
+from llava.files import check_same, read_object, read_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -123,7 +123,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     folder, config = Path(folder), model.peft_config["default"]
-    saved_config = read_json(folder / CONFIG)
+    saved_config = read_object(folder / CONFIG)
     for key in ("r", "lora_alpha"):
         ours, theirs = getattr(config, key), saved_config.get(key)
         if ours != theirs:

@@ -60,7 +60,7 @@ def check_file(path: str | Path) -> None:
         raise ValueError(f"{path} is cut off: its {size} bytes have no end of an archive; download it again")
 
 
-def read_json(path: str | Path) -> dict:
+def read_object(path: str | Path) -> dict:
     """Return the object in a JSON file. Raises what `check_file` raises, and ValueError naming the file."""
     path = Path(path)
     check_file(path)
@@ -134,7 +134,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     for index in INDICES:
         if (folder / index).is_file():
-            shards = read_json(folder / index).get("weight_map")
+            shards = read_object(folder / index).get("weight_map")
             if not isinstance(shards, dict) or not shards or not all(isinstance(n, str) for n in shards.values()):
                 raise ValueError(f"{folder / index} has no weight_map of tensors and files; download it again")
             files = [folder / name for name in sorted(set(shards.values()))]
@@ -152,7 +152,7 @@ def check_tokenizer(folder: str | Path) -> None:
     folder = Path(folder)
     for name in JSON_FILES:
         if (folder / name).is_file():
-            read_json(folder / name)
+            read_object(folder / name)
     found = [name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
     if not found:
         raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model; is it complete?")
@@ -231,7 +231,7 @@ def _check_vocabulary(path: Path) -> None:
     if path.suffix == ".json":
         from tokenizers import Tokenizer
 
-        read_json(path)
+        read_object(path)
         try:
             Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises this class itself

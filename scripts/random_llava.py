@@ -131,8 +131,8 @@ class Clock(TrainerCallback):
 
 
 def train(context: Context, model, recipe: Recipe, records: Records, steps: int, folder: Path, **settings):
-    """Trains by the recipe's method; returns the method, its Tap and the clock."""
-    from llaca.callbacks import Tap
+    """Trains by the recipe's method; returns the method, its MethodCallback and the clock."""
+    from llaca.callbacks import MethodCallback
     from llaca.methods import method_of
     from llava.adapters import adapter_state
     from llava.trainer import LlavaTrainer, training_arguments
@@ -156,10 +156,10 @@ def train(context: Context, model, recipe: Recipe, records: Records, steps: int,
     method, clock = method_of(recipe), Clock(context)
     trainer = LlavaTrainer(model, arguments, records, recipe.train.projector_learning_rate, "local", method)
     trainer.add_callback(clock)
-    tap = Tap(method, True, steps, start, "clipped")
-    tap.attach(trainer)
+    callback = MethodCallback(method, True, steps, start, "clipped")
+    callback.attach(trainer)
     trainer.train()
-    return method, tap, clock
+    return method, callback, clock
 
 
 def backbone_of(config: LlavaConfig) -> Llava15:

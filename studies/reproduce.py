@@ -22,9 +22,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from eval.facts import costs, differences, facts, fallback_notes, format_notes, scoring_notes
 from eval.predict import EvaluatedRun, open_run
 from eval.report import answer, baseline, draw, score_run, write_table
+from eval.run_statistics import costs, differences, fallback_notes, format_notes, run_statistics, scoring_notes
 from eval.tables import ALL_METRICS, Row, method_row, results_table
 from eval.tasks import MODES
 from llaca import machine
@@ -61,7 +61,7 @@ def is_done(recipe: Recipe) -> bool:
     return not method.trains or all(stage.done for stage in stages)
 
 
-def paper_rows(study: dict[str, Any], tasks: Sequence[str]) -> dict[str, Row]:
+def printed_rows(study: dict[str, Any], tasks: Sequence[str]) -> dict[str, Row]:
     """The paper's printed numbers by our row's label, for the columns that the table has."""
     if "paper" not in study:
         return {}
@@ -129,11 +129,11 @@ def table(
     answer(every, options)
     metrics = {run.name: score_run(run) for run in every}
     stream, split = every[0].recipe.stream, every[0].split
-    printed, rows = paper_rows(study, stream.tasks), []
+    printed, rows = printed_rows(study, stream.tasks), []
     for label, own in runs.items():
         rows.append(method_row(label, [metrics[run.name] for run in own]))
         rows += [printed[label]] if label in printed else []
-    behind = facts(runs, metrics)
+    behind = run_statistics(runs, metrics)
     majority, left_out = baseline(every[0])
     found = results_table(rows, majority)
     notes = [study["title"] + (", on CoIN-mini with the small base" if options.mini else "") + f"; {split} split."]

@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from data.records import load_samples
 from llaca import ranks
-from llaca.callbacks import Tap
+from llaca.callbacks import MethodCallback
 from llaca.config import load_recipe
 from llaca.engines.deepspeed import cast_for_engine, sharded_loading
 from llaca.methods.base import Method
@@ -100,14 +100,14 @@ def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) 
         deepspeed=zero,
     )
     trainer = LlavaTrainer(model, arguments, dataset, None, "global", method)
-    tap = Tap(
+    callback = MethodCallback(
         method,
         True,
         4,
         dict(start) if name == "still-bf16" else None,
         "unclipped" if name == "unclipped" else "clipped",
     )
-    tap.attach(trainer)
+    callback.attach(trainer)
     try:
         trainer.train()
     except (RuntimeError, ValueError, FloatingPointError) as error:
@@ -116,7 +116,7 @@ def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) 
         unset_hf_deepspeed_config()
     if weighs:
         return {"bytes": method.bytes}
-    weights = tap.layout.gather(tap.layout.shards().parameters)
+    weights = callback.layout.gather(callback.layout.shards().parameters)
     moved = {key: (weight - start[key]).abs().sum().item() for key, weight in weights.items()}
     told = {
         "projector": sum(value for key, value in moved.items() if is_connector(key)),
@@ -152,7 +152,7 @@ def clipping(base: Path, data: Path, folder: Path) -> dict:
                 deepspeed=str(file),
             )
             trainer = LlavaTrainer(model, arguments, dataset)
-            Tap(Recorder(), True, 1, None, "clipped").attach(trainer)
+            MethodCallback(Recorder(), True, 1, None, "clipped").attach(trainer)
             try:
                 trainer.train()
             except ValueError as error:

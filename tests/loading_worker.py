@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from data.columns import training_columns
-from data.preprocess import Prepared, Source
+from data.preprocess import Prepared, RecordFile
 from data.records import load_samples
 from llaca import ranks
 from llaca.adapted import load_adapted
@@ -77,7 +77,7 @@ def main() -> None:
     dist.all_gather_object(everyone, told)
     samples = load_samples(Path(data) / "train.json", Path(data))
     columns = training_columns(samples, "last line", None)
-    whole = Prepared(Source(Path(data) / "train.json", "train", "last line"), columns)
+    whole = Prepared(RecordFile(Path(data) / "train.json", "train", "last line"), columns)
     features = load(warmup, zero, {"pictures": TaskRecords("pictures", whole, whole.rows, 0)}).features
     if ranks.first():
         torch.save({str(s.image): features(s.image) for s in samples if s.image}, f"{out}.features")

@@ -15,11 +15,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from data.records import load_samples
 from llaca import ranks
-from llaca.callbacks import Tap
+from llaca.callbacks import MethodCallback
 from llaca.config import load_recipe
-from llaca.inputs import input_energies, width
 from llaca.methods import METHODS
 from llaca.methods.base import StageView
+from llaca.second_moments import second_moments, width
 from llaca.sections import ModelConfig
 from llava.adapters import trainable_parameters
 from llava.backbones import load_base
@@ -79,11 +79,11 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None, hal
     )
     start = {key: weight.detach().clone() for key, weight in trainable_parameters(model).items()}
     trainer = LlavaTrainer(model, arguments, dataset, 1e-3, "local", method)
-    tap = Tap(method, True, 4, None, "clipped")
-    tap.attach(trainer)
+    callback = MethodCallback(method, True, 4, None, "clipped")
+    callback.attach(trainer)
     trainer.train()
     unset_hf_deepspeed_config()
-    told = {"weights": tap.layout.gather(tap.layout.shards().parameters)}
+    told = {"weights": callback.layout.gather(callback.layout.shards().parameters)}
     told["moved"] = float(sum((weight - start[key]).norm() for key, weight in told["weights"].items()))
     held = {key: weight.dtype for key, weight in trainable_parameters(model).items()}
     shown = {key: weight.detach().float().clone() for key, weight in trainable_parameters(model).items()}
@@ -92,9 +92,9 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None, hal
     )
     if name == "pgp":
         told["cut"] = method.places
-        told["energies"] = input_energies(method.stage, list(shown), 6)
-    handed, told["report"] = method.after_task(tap.layout.shards(), folder)
-    told["handed"] = {} if handed is None else tap.layout.gather(handed)
+        told["energies"] = second_moments(method.stage, list(shown), 6)
+    handed, told["report"] = method.after_task(callback.layout.shards(), folder)
+    told["handed"] = {} if handed is None else callback.layout.gather(handed)
     return told
 
 

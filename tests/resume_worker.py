@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from data.records import load_samples
 from llaca import ranks
-from llaca.callbacks import Checkpoints, Tap, latest
+from llaca.callbacks import Checkpoints, MethodCallback, latest
 from llaca.config import load_recipe
 from llaca.methods.llaca import LLaCA
 from llava.adapters import attach_lora
@@ -89,14 +89,14 @@ def train(case: str, model, datasets, folder: Path, zero: str | None, stop: int 
         seed=300,
     )
     trainer = LlavaTrainer(copy.deepcopy(model), arguments, dataset, 0, None, "local", method)
-    tap = Tap(method, True, 10, None, "clipped")
-    tap.attach(trainer)
-    trainer.add_callback(Checkpoints(tap, folder, checkpoint))
+    callback = MethodCallback(method, True, 10, None, "clipped")
+    callback.attach(trainer)
+    trainer.add_callback(Checkpoints(callback, folder, checkpoint))
     told = StopAt(stop)
     trainer.add_callback(told)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    weights = tap.layout.gather(tap.layout.shards().parameters)
-    averages = tap.layout.gather(list(method.average.averages().values()))
+    weights = callback.layout.gather(callback.layout.shards().parameters)
+    averages = callback.layout.gather(list(method.average.averages().values()))
     steps = trainer.state.global_step
     unset_hf_deepspeed_config()
     return method.drawn, weights, averages, told.lines, steps

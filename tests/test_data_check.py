@@ -14,7 +14,7 @@ from PIL import Image
 from data.benchmark import COIN, open_benchmark
 from data.check import check, check_benchmark, main
 from data.mini import build
-from data.preprocess import Source, open_records
+from data.preprocess import RecordFile, open_records
 from data.records import DataError
 from eval.report import main as report
 from eval.score import QuestionSet, score_task
@@ -161,7 +161,7 @@ def test_a_picture_that_changed_is_looked_at_again_by_the_check_alone(mini):
     assert check_benchmark(mini, "original", ["GQA"]).ok, "the note holds"
     with pytest.raises(SystemExit):
         main(["--root", str(mini), "--tasks", "GQA"])
-    sources = [Source(mini / "Instructions/GQA/train.json", "train", "last line")]
+    sources = [RecordFile(mini / "Instructions/GQA/train.json", "train", "last line")]
     [started] = open_records(sources, open_benchmark(mini).image_root, None).values()
     assert [p.record for p in started.problems] == [5], "what the check has found no start overlooks"
     with pytest.raises(ValueError, match="5\\.png cannot be read"):

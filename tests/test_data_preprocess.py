@@ -18,7 +18,7 @@ from data import cache
 from data import preprocess as prepare_module
 from data.cache import make_once, replace_whole
 from data.columns import Texts
-from data.preprocess import Source, columns_file, open_records, prepare
+from data.preprocess import RecordFile, columns_file, make_columns, open_records
 from data.records import DataError, load_samples
 from llava.conversation import encode, encode_prompt, repeated
 from llava.dataset import InstructionDataset
@@ -54,13 +54,17 @@ def files(tmp_path):
     questions[7]["text"] = " "
     for name, content in (("train", records), ("test", questions)):
         (root / f"{name}.json").write_text(json.dumps(content))
-    return root, Source(root / "train.json", "train", "last line"), Source(root / "test.json", "test", "last line")
+    return (
+        root,
+        RecordFile(root / "train.json", "train", "last line"),
+        RecordFile(root / "test.json", "test", "last line"),
+    )
 
 
 def test_columns_hold_what_encoding_each_record_gives(own, files, tiny):
     root, train, test = files
     vocabulary = tiny[1].vocabulary
-    found = prepare([train, test], vocabulary)
+    found = make_columns([train, test], vocabulary)
     columns = found[train]
     assert columns.told["records"] == 90 and [p.record for p in columns.problems] == [5]
     content = json.loads(train.path.read_text())
@@ -89,12 +93,12 @@ def test_columns_hold_what_encoding_each_record_gives(own, files, tiny):
 def test_processes_of_their_own_make_the_same_bytes(own, files, tiny, monkeypatch):
     root, *sources = files
     vocabulary = tiny[1].vocabulary
-    prepare(sources, vocabulary)
+    make_columns(sources, vocabulary)
     here = {source: columns_file(source, vocabulary).read_bytes() for source in sources}
     monkeypatch.setattr(prepare_module, "ALONE", 0)
     monkeypatch.setattr(prepare_module, "LOOKED_AT", 0)
     monkeypatch.setenv("LLACA_CACHE", str(own / "other"))
-    broken = Source(root / "broken.json", "train", "last line")
+    broken = RecordFile(root / "broken.json", "train", "last line")
     broken.path.write_text("[{]")
     (root / "3.png").write_bytes(b"no picture")
     found = open_records([*sources, broken], root, vocabulary)
@@ -123,16 +127,16 @@ def test_a_second_start_reads_no_record_and_no_picture(own, files, tiny, monkeyp
 def test_what_changes_is_made_again(own, files, tiny, original):
     _, train, _ = files
     vocabulary, other = tiny[1].vocabulary, original.backbone.vocabulary
-    ids = prepare([train], vocabulary)[train].ids.tolist()
-    assert prepare([train], other)[train].ids.tolist() != ids, "another tokenizer"
-    assert prepare([Source(train.path, "train", "first line")], vocabulary)
+    ids = make_columns([train], vocabulary)[train].ids.tolist()
+    assert make_columns([train], other)[train].ids.tolist() != ids, "another tokenizer"
+    assert make_columns([RecordFile(train.path, "train", "first line")], vocabulary)
     assert len(list((own / "records").glob("*.safetensors"))) == 3
     records = json.loads(train.path.read_text())
     train.path.write_text(json.dumps(records[:10]))
-    assert len(prepare([train], vocabulary)[train]) == 9
+    assert len(make_columns([train], vocabulary)[train]) == 9
     file = columns_file(train, vocabulary)
     file.write_bytes(file.read_bytes()[:100])
-    assert len(prepare([train], vocabulary)[train]) == 9, "a file that was cut short"
+    assert len(make_columns([train], vocabulary)[train]) == 9, "a file that was cut short"
 
 
 def test_a_picture_that_was_missing_is_used_when_it_is_there(own, files, tiny):
@@ -149,13 +153,13 @@ def test_a_picture_that_was_missing_is_used_when_it_is_there(own, files, tiny):
 
 def test_files_of_the_same_content_have_the_same_problems(own, files, monkeypatch):
     root, *_ = files
-    sources = [Source(root / name, "train", "last line") for name in ("one.json", "two.json", "whole.json")]
+    sources = [RecordFile(root / name, "train", "last line") for name in ("one.json", "two.json", "whole.json")]
     for source in sources[:2]:
         source.path.write_text("<html>not found</html>")
     sources[2].path.write_bytes((root / "train.json").read_bytes())
     for alone in (prepare_module.ALONE, -1):  # here, and in processes of their own
         monkeypatch.setattr(prepare_module, "ALONE", alone)
-        found = prepare([*sources, sources[2]], None)
+        found = make_columns([*sources, sources[2]], None)
         assert list(found) == sources and len(found[sources[2]]) == 89
         for source in sources[:2]:
             assert isinstance(found[source], DataError) and str(found[source]).startswith(str(source.path))
@@ -185,7 +189,7 @@ def test_a_cache_that_cannot_be_written_to_is_named_with_the_remedy(own, files, 
     (root / "file").write_text("")
     monkeypatch.setenv("LLACA_CACHE", str(root / "file"))
     with pytest.raises(OSError, match=r"cannot be written to .*set LLACA_CACHE to a folder that can"):
-        prepare(sources, tiny[1].vocabulary)
+        make_columns(sources, tiny[1].vocabulary)
 
 
 def test_a_column_of_texts():

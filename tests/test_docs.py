@@ -13,7 +13,7 @@ from test_llaca_train import arguments, mini  # noqa: F401
 from llaca.config import load_recipe
 from llaca.methods import METHODS
 from llaca.train import run
-from studies.reproduce import command_lines, main, paper_rows, studies
+from studies.reproduce import command_lines, main, printed_rows, studies
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,7 +62,7 @@ def test_every_row_of_every_study_can_be_run_and_has_its_printed_numbers(name):
             names.append(loaded.run.run)
     assert len(set(names)) == len(names)
     wanted = [row for row in study["rows"].values() if "paper" in row]
-    found = paper_rows(study, loaded.stream.tasks)
+    found = printed_rows(study, loaded.stream.tasks)
     assert len(found) == len(wanted)
     assert all(row.mean["Avg.ACC"] is not None for row in found.values())
     assert all(set(pair) <= set(study["rows"]) for pair in study.get("differences", {}).values())
@@ -80,7 +80,7 @@ def test_what_is_given_stands_above_a_studys_own_options(monkeypatch):
 
 
 def test_printed_numbers_of_table_7_stand_on_one_line():
-    row = paper_rows(studies()["table7"], ["ScienceQA"])["beta 0.992"]
+    row = printed_rows(studies()["table7"], ["ScienceQA"])["beta 0.992"]
     assert (row.mean["ScienceQA"], row.mean["Avg.ACC"], row.mean["Forgetting"]) == (72.88, 60.69, 5.46)
     assert row.mean["New.ACC"] == 65.24
 

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eval.facts import differences
 from eval.metrics import summarise
 from eval.predict import EvaluatedRun
 from eval.report import by_method
+from eval.run_statistics import differences
 from eval.tables import (
     PAPER_TABLE_1,
     method_row,

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import torch
 
-from llaca.callbacks import Tap
+from llaca.callbacks import MethodCallback
 from llaca.engines.deepspeed import DeepSpeed
-from llaca.engines.shards import Layout, Piece
+from llaca.engines.shards import Layout, TensorSlice
 
 ROOT = Path(__file__).parents[1]
 
@@ -148,15 +148,15 @@ def test_a_step_that_the_engine_skipped_is_told_from_one_that_was_missed(shown, 
         zero_optimization_stage=lambda: 2,
     )
     args = SimpleNamespace(process_index=0, world_size=1, gradient_accumulation_steps=1)
-    tap = Tap(SimpleNamespace(watches=True), True, 1, None, "clipped")
-    tap.trainer = SimpleNamespace(model_wrapped=engine, args=args)
-    tap.engine, tap._shown = DeepSpeed(tap.trainer), shown
-    tap.layout = SimpleNamespace(engine="test", names=["a", "b"])
-    tap._sums = {"a": torch.tensor(1.0), "b": torch.tensor(float("inf"))}
+    callback = MethodCallback(SimpleNamespace(watches=True), True, 1, None, "clipped")
+    callback.trainer = SimpleNamespace(model_wrapped=engine, args=args)
+    callback.engine, callback._shown = DeepSpeed(callback.trainer), shown
+    callback.layout = SimpleNamespace(engine="test", names=["a", "b"])
+    callback._sums = {"a": torch.tensor(1.0), "b": torch.tensor(float("inf"))}
     with (
         pytest.raises(error, match=r"non-finite gradient of \['b'\]|saw 0 optimizer steps") if error else nullcontext()
     ):
-        tap.on_step_end(args, SimpleNamespace(global_step=1), None)
+        callback.on_step_end(args, SimpleNamespace(global_step=1), None)
 
 
 def test_pieces_of_two_ranks_make_up_the_tensors():
@@ -165,12 +165,12 @@ def test_pieces_of_two_ranks_make_up_the_tensors():
     laid = torch.cat([*(t.flatten() for t in tensors.values()), torch.zeros(2)])
     ranks = []
     for rank, flat in enumerate(laid.clone().view(2, 8)):
-        pieces = (
-            [Piece("a", torch.Size([2, 3]), flat, 0, 0, 6), Piece("b", torch.Size([8]), flat, 6, 0, 2)]
+        slices = (
+            [TensorSlice("a", torch.Size([2, 3]), flat, 0, 0, 6), TensorSlice("b", torch.Size([8]), flat, 6, 0, 2)]
             if rank == 0
-            else [Piece("a", torch.Size([2, 3]), None, 0, 0, 0), Piece("b", torch.Size([8]), flat, 0, 2, 6)]
+            else [TensorSlice("a", torch.Size([2, 3]), None, 0, 0, 0), TensorSlice("b", torch.Size([8]), flat, 0, 2, 6)]
         )
-        ranks.append(Layout("test", pieces, [flat], True, torch.device("cpu")))
+        ranks.append(Layout("test", slices, [flat], True, torch.device("cpu")))
     for index, tensor in enumerate(tensors.values()):
         parts = [layout.shards().parameters[index] for layout in ranks]
         assert torch.equal(torch.cat([part.flatten() for part in parts]), tensor.flatten())

@@ -14,7 +14,7 @@ from test_llaca_train import TASKS, adapters, arguments, mini  # noqa: F401
 from data.records import load_samples
 from eval.predict import open_run
 from llaca.config import load_recipe
-from llaca.engines.shards import Layout, Piece
+from llaca.engines.shards import Layout, TensorSlice
 from llaca.fisher import diagonal_fisher
 from llaca.folders import handed_on
 from llaca.launch import commands
@@ -48,8 +48,8 @@ def view(tiny, tiny_data):
 
 def layout_of(view: StageView) -> Layout:
     """That of one process."""
-    pieces = [Piece(name, p.shape, p, 0, 0, p.numel()) for name, p in view.weights().items()]
-    return Layout("one process", pieces, list(view.weights().values()), False, torch.device("cpu"))
+    slices = [TensorSlice(name, p.shape, p, 0, 0, p.numel()) for name, p in view.weights().items()]
+    return Layout("one process", slices, list(view.weights().values()), False, torch.device("cpu"))
 
 
 def moved(view: StageView, by: float, seed: int = 1) -> None:

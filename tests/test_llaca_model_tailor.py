@@ -11,11 +11,11 @@ from test_llaca_methods import layout_of, method_of, moved, view  # noqa: F401
 from test_llaca_train import adapters, arguments, mini  # noqa: F401
 
 from eval.predict import answer_share, merge_parts, open_run
-from llaca import inputs
+from llaca import second_moments as moments
 from llaca.config import load_recipe
-from llaca.inputs import input_energies, passes
 from llaca.methods import model_tailor
 from llaca.methods.model_tailor import compensations, damped, score, standardised, top_share
+from llaca.second_moments import passes, second_moments
 from llaca.train import run
 from llava.adapters import is_connector
 
@@ -88,7 +88,7 @@ def test_as_many_are_kept_as_the_share_says_ties_or_not(share, count):
 def test_energies_are_those_of_every_token_of_the_records(view):  # noqa: F811
     """The first layer's inputs have a mean square of 1 each; B's inputs are A's outputs."""
     names = [name for name in view.weights() if not is_connector(name)]
-    found = input_energies(view, names, 6)
+    found = second_moments(view, names, 6)
     tokens = sum(len(view.dataset[record]["input_ids"]) for record in view.draw(6))
     for name in names:
         if "layers.0" in name and ("q_proj.lora_A" in name or "v_proj.lora_A" in name):
@@ -103,12 +103,12 @@ def test_energies_are_those_of_every_token_of_the_records(view):  # noqa: F811
 
 def test_ranks_share_the_records(view, monkeypatch):  # noqa: F811
     names, parts, summed = [name for name in view.weights() if "o_proj" in name], [], []
-    whole = input_energies(view, names, 5)
-    monkeypatch.setattr(inputs.ranks, "count", lambda: 2)
-    monkeypatch.setattr(inputs.ranks, "add_up", summed.extend)
+    whole = second_moments(view, names, 5)
+    monkeypatch.setattr(moments.ranks, "count", lambda: 2)
+    monkeypatch.setattr(moments.ranks, "add_up", summed.extend)
     for rank in range(2):
-        monkeypatch.setattr(inputs.ranks, "rank", lambda rank=rank: rank)
-        parts.append(input_energies(view, names, 5))
+        monkeypatch.setattr(moments.ranks, "rank", lambda rank=rank: rank)
+        parts.append(second_moments(view, names, 5))
     assert [id(t) for part in parts for t in part.values()] == [id(t) for t in summed]
     for name in names:
         torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name], rtol=1e-4, atol=1e-4)
@@ -140,7 +140,7 @@ def test_a_patch_of_each_tensor_stays_and_the_rest_goes_back_bit_for_bit(view): 
 
 def test_compensated_outputs_are_nearer_to_the_trained_layers_than_the_bare_patch(view):  # noqa: F811
     start, trained, found, _ = tailored(view, "0.3")
-    for name, total in input_energies(view, [name for name in found if "lora" in name], 8).items():
+    for name, total in second_moments(view, [name for name in found if "lora" in name], 8).items():
         new, old, H = trained[name].detach().double(), start[name].double(), damped(total)
         bare = torch.where(found[name] != start[name], new, old)
 
@@ -158,7 +158,7 @@ def test_however_many_passes_the_result_is_the_same(view, monkeypatch):  # noqa:
     with torch.no_grad():
         for name, weight in view.weights().items():
             weight.copy_(state[name])
-    monkeypatch.setattr(inputs, "PASS_BYTES", 10_000)  # of 32 x 32 and 64 x 64 numbers
+    monkeypatch.setattr(moments, "PASS_BYTES", 10_000)  # of 32 x 32 and 64 x 64 numbers
     groups = list(passes(layers.items()))
     assert [name for group in groups for name in group] == list(layers) and 4 < len(groups) < len(layers)
     assert all(len(g) == 1 or sum(4 * layers[n].shape[1] ** 2 for n in g) <= 10_000 for g in groups)

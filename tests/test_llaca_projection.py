@@ -16,10 +16,10 @@ from test_llaca_train import adapters, arguments, command, mini  # noqa: F401
 from data.records import load_samples
 from llaca.config import load_recipe
 from llaca.engines.shards import Shards
-from llaca.inputs import input_energies
 from llaca.methods import METHODS
 from llaca.methods.base import StageView
 from llaca.methods.pgp import extended
+from llaca.second_moments import second_moments
 from llaca.train import run
 from llava.adapters import attach_lora
 from llava.backbones import load_base
@@ -144,7 +144,7 @@ def test_the_basis_grows_by_the_rule_of_gpm():
 
 def test_input_energies_are_those_of_the_layers_inputs(view):  # noqa: F811
     """Against the inputs themselves, written down in one padded batch; records without pictures are among them."""
-    energies = input_energies(view, list(view.weights()), 3)
+    energies = second_moments(view, list(view.weights()), 3)
     seen = {}
     layers = {name: view.model.get_submodule(name.rpartition(".")[0]) for name in view.weights()}
     for name, layer in layers.items():

@@ -20,7 +20,7 @@ import yaml
 from tqdm import tqdm
 
 from data.benchmark import COIN
-from data.mini.tasks import TASKS, Sample
+from data.mini.tasks import TASKS, Example
 from data.mini.world import draw
 from data.prepare.write import prompts
 from data.records import IMAGE
@@ -39,9 +39,9 @@ class Writer:
         self.rng = random.Random(f"{seed}/{task}")
         self.wording = random.Random(f"{seed}/{task}/instructions")
         self.records: dict[str, dict[str, list]] = {s: {split: [] for split in SIZES} for s in LAYOUT["instructions"]}
-        self.annotations: dict[str, list[tuple[str, Sample]]] = {split: [] for split in SIZES}
+        self.annotations: dict[str, list[tuple[str, Example]]] = {split: [] for split in SIZES}
 
-    def sample(self) -> tuple[Sample, bytes | None]:
+    def sample(self) -> tuple[Example, bytes | None]:
         """The next sample whose picture has not been drawn before, and the picture's PNG-ready pixels."""
         while True:
             sample = TASKS[self.task](self.rng)
@@ -72,7 +72,7 @@ class Writer:
             [first] = prompts(self.task, [sample.turns[0][0]], self.wording.choice(wordings))
             self.records[which][split].append(self.record(split, record, sample, first))
 
-    def record(self, split: str, record: dict, sample: Sample, first: str) -> dict:
+    def record(self, split: str, record: dict, sample: Example, first: str) -> dict:
         """One record of train.json, or (the first turn only) of a file that is evaluated."""
         if split != "train":
             extras = sample.extras if self.task == "Grounding" else {"answer": sample.turns[0][1]}
@@ -98,7 +98,7 @@ class Writer:
             (self.root / "cl_dataset" / self.task / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def annotation_files(task: str, samples: dict[str, list[tuple[str, Sample]]]) -> dict[str, object]:
+def annotation_files(task: str, samples: dict[str, list[tuple[str, Example]]]) -> dict[str, object]:
     """The official annotation files that CoIN's scoring reads for ScienceQA, TextVQA and GQA: name -> content."""
     if task == "ScienceQA":
         splits = {

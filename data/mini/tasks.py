@@ -1,4 +1,4 @@
-"""The eight tasks of CoIN-mini: one function a task, from a `random.Random` to a `Sample` without its instruction."""
+"""The eight tasks of CoIN-mini: one function a task, from a `random.Random` to an `Example` without its instruction."""
 
 import random
 from collections.abc import Callable
@@ -11,7 +11,7 @@ LETTERS = "ABCD"
 
 
 @dataclass
-class Sample:
+class Example:
     """A picture (or none) and question-answer turns; `extras` are what the official annotation files hold."""
 
     scene: Scene | None
@@ -26,7 +26,7 @@ def _choices(rng: random.Random, right: str, pool: list[str]) -> tuple[list[str]
     return options, options.index(right)
 
 
-def science_qa(rng: random.Random) -> Sample:
+def science_qa(rng: random.Random) -> Example:
     """Multiple choice: what is shown, what kind of thing is shown, or (without a picture) what belongs to a kind."""
     form, scene = rng.random(), None
     if form < 0.45:
@@ -46,10 +46,10 @@ def science_qa(rng: random.Random) -> Sample:
         question = f"Which of these is {'an' if kind[0] in 'ai' else 'a'} {kind}?"
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
     extras = {"question": question, "choices": options, "answer": answer}
-    return Sample(scene, [("\n".join([question, *lines]), LETTERS[answer])], extras)
+    return Example(scene, [("\n".join([question, *lines]), LETTERS[answer])], extras)
 
 
-def text_vqa(rng: random.Random) -> Sample:
+def text_vqa(rng: random.Random) -> Example:
     """Read the word on a sign; with two signs the question names the sign's colour."""
     scene = scenes.street(rng)
     signs = [t for t in scene.things if t.kind == "sign"]
@@ -58,13 +58,13 @@ def text_vqa(rng: random.Random) -> Sample:
         question = f"What does the {sign.color} sign say?"
     else:
         question = rng.choice(("What does the sign say?", "What word is written on the sign?"))
-    return Sample(scene, [(question, sign.name)])
+    return Example(scene, [(question, sign.name)])
 
 
-def image_net(rng: random.Random) -> Sample:
+def image_net(rng: random.Random) -> Example:
     """Name the object; the instruction is the whole question."""
     scene = scenes.portrait(rng)
-    return Sample(scene, [("", scene.things[0].name)])
+    return Example(scene, [("", scene.things[0].name)])
 
 
 def _gqa_turn(rng: random.Random, scene: Scene) -> tuple[str, str] | None:
@@ -102,19 +102,19 @@ def _two_turns(rng: random.Random, scene: Scene, turn: Callable) -> list[tuple[s
     return list(turns.items())
 
 
-def gqa(rng: random.Random) -> Sample:
+def gqa(rng: random.Random) -> Example:
     """Relations, attributes and comparisons between the things of a scene; one word."""
     while True:
         scene = scenes.group(rng)
         if turns := _two_turns(rng, scene, _gqa_turn):
-            return Sample(scene, turns)
+            return Example(scene, turns)
 
 
-def viz_wiz(rng: random.Random) -> Sample:
+def viz_wiz(rng: random.Random) -> Example:
     """What a bad photograph shows; 'unanswerable' when it cannot be told."""
     scene = scenes.snapshot(rng)
     question = rng.choice(("What is this?", "Can you tell me what this is?", "What am I holding?"))
-    return Sample(scene, [(question, "unanswerable" if scene.unclear else scene.things[0].name)])
+    return Example(scene, [(question, "unanswerable" if scene.unclear else scene.things[0].name)])
 
 
 def box_text(box: list[float]) -> str:
@@ -122,12 +122,12 @@ def box_text(box: list[float]) -> str:
     return "[" + ", ".join(f"{v:.2f}" for v in box) + "]"
 
 
-def grounding(rng: random.Random) -> Sample:
+def grounding(rng: random.Random) -> Example:
     """The box of the thing that an expression describes, in fractions of the padded square."""
     scene = scenes.group(rng)
     thing = rng.choice(ask.distinct(scene))
     box = ask.padded_box(scene, thing)
-    return Sample(scene, [(thing.phrase, box_text(box))], {"answer_bbox": box_text(box), "size": list(scene.size)})
+    return Example(scene, [(thing.phrase, box_text(box))], {"answer_bbox": box_text(box), "size": list(scene.size)})
 
 
 def _vqa_turn(rng: random.Random, scene: Scene) -> tuple[str, str] | None:
@@ -151,12 +151,12 @@ def _vqa_turn(rng: random.Random, scene: Scene) -> tuple[str, str] | None:
     return None
 
 
-def vqa_v2(rng: random.Random) -> Sample:
+def vqa_v2(rng: random.Random) -> Example:
     """Yes/no, counts and colours."""
     while True:
         scene = scenes.crowd(rng) if rng.random() < 0.7 else scenes.group(rng)
         if turns := _two_turns(rng, scene, _vqa_turn):
-            return Sample(scene, turns)
+            return Example(scene, turns)
 
 
 def _book_turn(rng: random.Random, scene: Scene) -> tuple[str, str]:
@@ -174,13 +174,13 @@ def _book_turn(rng: random.Random, scene: Scene) -> tuple[str, str]:
     return question, scene.genre if form == "genre" else named[form]
 
 
-def ocr_vqa(rng: random.Random) -> Sample:
+def ocr_vqa(rng: random.Random) -> Example:
     """Title, author, genre and yes/no questions about a book's cover."""
     scene = scenes.cover(rng)
-    return Sample(scene, _two_turns(rng, scene, _book_turn))
+    return Example(scene, _two_turns(rng, scene, _book_turn))
 
 
-TASKS: dict[str, Callable[[random.Random], Sample]] = {
+TASKS: dict[str, Callable[[random.Random], Example]] = {
     "ScienceQA": science_qa,
     "TextVQA": text_vqa,
     "ImageNet": image_net,

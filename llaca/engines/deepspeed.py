@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from llaca.engines.plain import Engine
-from llaca.engines.shards import Layout, Piece, Shards
+from llaca.engines.shards import Layout, Shards, TensorSlice
 from llaca.engines.zero import deepspeed_file, shards_weights
 from llava.adapters import trainable_parameters
 
@@ -54,7 +54,7 @@ class DeepSpeed(Engine):
         self.tells_norm = self.stage > 0
 
     def layout(self) -> Layout:
-        """The pieces of this rank. Raises ValueError for what is not supported."""
+        """The slices of this rank. Raises ValueError for what is not supported."""
         deepspeed, parameters = self.deepspeed, trainable_parameters(self.trainer.model)
         name, device = f"DeepSpeed ZeRO {self.stage}", self.trainer.args.device
         if self.stage == 0:
@@ -64,17 +64,17 @@ class DeepSpeed(Engine):
                     "(docs/ENGINES.md): use DDP (--launcher torchrun without --zero), which is the same computation, "
                     "or --zero 1"
                 )
-            pieces = [Piece(name, p.shape, p, 0, 0, p.numel()) for name, p in parameters.items()]
-            return Layout(name, pieces, list(parameters.values()), False, device)
+            slices = [TensorSlice(name, p.shape, p, 0, 0, p.numel()) for name, p in parameters.items()]
+            return Layout(name, slices, list(parameters.values()), False, device)
         if self.stage == 3:
             if deepspeed.optimizer.swap_optimizer:
                 raise ValueError("ZeRO-Infinity (offload to NVMe) is not supported: offload to the CPU")
-            pieces = [_piece_of_stage3(deepspeed.optimizer, *item) for item in parameters.items()]
+            slices = [_slice_of_stage3(deepspeed.optimizer, *item) for item in parameters.items()]
             flats = list(deepspeed.optimizer.fp32_partitioned_groups_flat)
         else:
             flats = [group["params"][0] for group in deepspeed.basic_optimizer.param_groups]
-            pieces = [_piece_of_stage12(flats, *item) for item in parameters.items()]
-        return Layout(name, pieces, flats, self.trainer.args.world_size > 1, device)
+            slices = [_slice_of_stage12(flats, *item) for item in parameters.items()]
+        return Layout(name, slices, flats, self.trainer.args.world_size > 1, device)
 
     def optimizer(self) -> Optimizer:
         return self.deepspeed.basic_optimizer
@@ -184,21 +184,21 @@ def cast_for_engine(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _piece_of_stage12(flats: list[Tensor], name: str, parameter: Tensor) -> Piece:
+def _slice_of_stage12(flats: list[Tensor], name: str, parameter: Tensor) -> TensorSlice:
     mapping = parameter._hp_mapping  # what deepspeed.utils.safe_get_local_fp32_param reads
     if mapping is None:
-        return Piece(name, parameter.shape, None, 0, 0, 0)
+        return TensorSlice(name, parameter.shape, None, 0, 0, 0)
     flat, there, here = flats[mapping.param_group_index], mapping.hp_fragment_address, mapping.lp_fragment_address
     if flat[there.start :].data_ptr() != mapping.hp_fragment.data_ptr():
         raise ValueError(f"{name}: DeepSpeed's optimizer does not step on the float32 partition that it reports")
-    return Piece(name, parameter.shape, flat, there.start, here.start, there.numel)
+    return TensorSlice(name, parameter.shape, flat, there.start, here.start, there.numel)
 
 
-def _piece_of_stage3(zero, name: str, parameter: Tensor) -> Piece:
+def _slice_of_stage3(zero, name: str, parameter: Tensor) -> TensorSlice:
     group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
     start = dist.get_rank(parameter.ds_process_group) * size
     numel = min(size, parameter.ds_numel - start)  # the last partition is padded
     if numel <= 0:
-        return Piece(name, torch.Size(parameter.ds_shape), None, 0, 0, 0)
+        return TensorSlice(name, torch.Size(parameter.ds_shape), None, 0, 0, 0)
     flat = zero.fp32_partitioned_groups_flat[group]
-    return Piece(name, torch.Size(parameter.ds_shape), flat, offset, start, numel)
+    return TensorSlice(name, torch.Size(parameter.ds_shape), flat, offset, start, numel)

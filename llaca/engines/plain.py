@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim import Optimizer
 
-from llaca.engines.shards import Layout, Piece, Shards
+from llaca.engines.shards import Layout, Shards, TensorSlice
 from llava.adapters import trainable_parameters
 
 if TYPE_CHECKING:  # brings in PEFT and, where installed, bitsandbytes
@@ -26,11 +26,11 @@ class Engine:
         self.trainer = trainer
 
     def layout(self) -> Layout:
-        """The pieces of this rank."""
+        """The slices of this rank."""
         parameters, args = trainable_parameters(self.trainer.model), self.trainer.args
-        pieces = [Piece(name, p.shape, p, 0, 0, p.numel()) for name, p in parameters.items()]
+        slices = [TensorSlice(name, p.shape, p, 0, 0, p.numel()) for name, p in parameters.items()]
         name = "DDP" if args.world_size > 1 else "one process"
-        return Layout(name, pieces, list(parameters.values()), False, args.device)
+        return Layout(name, slices, list(parameters.values()), False, args.device)
 
     def optimizer(self) -> Optimizer:
         """The optimizer of torch that steps, perhaps once for every group of parameters."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Piece(NamedTuple):
+class TensorSlice(NamedTuple):
     """Elements [start, start + numel) of the tensor `name`, which lie at `offset` of what the optimizer steps on."""
 
     name: str
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 class Shards:
     """This rank's part of the trainable tensors: `names`, `parameters` and, directly after a step, its `gradients`.
 
-    Where nothing is sharded every rank has all of them, in their own shapes; else pieces of any length, also empty,
+    Where nothing is sharded every rank has all of them, in their own shapes; else slices of any length, also empty,
     float32. The parameters are live views.
     """
 
@@ -58,47 +58,49 @@ class Shards:
 
 
 class Layout:
-    """The pieces of this rank, in the model's order, and all tensors that its optimizer steps on."""
+    """The slices of this rank, in the model's order, and all tensors that its optimizer steps on."""
 
-    def __init__(self, engine: str, pieces: list[Piece], flats: list[Tensor], sharded: bool, device: torch.device):
-        self.engine, self.pieces, self.flats, self.sharded, self.device = engine, pieces, flats, sharded, device
-        self.names = [piece.name for piece in pieces]
+    def __init__(
+        self, engine: str, slices: list[TensorSlice], flats: list[Tensor], sharded: bool, device: torch.device
+    ):
+        self.engine, self.slices, self.flats, self.sharded, self.device = engine, slices, flats, sharded, device
+        self.names = [part.name for part in slices]
         self.nothing = flats[0].new_empty(0, dtype=torch.float32)
 
     def shards(self, gradients: dict[int, Tensor] | None = None) -> Shards:
         """The live parameters; `gradients` maps the id of each `flat` to its gradient."""
-        parameters = [self.nothing if p.flat is None else p.of(p.flat) for p in self.pieces]
+        parameters = [self.nothing if p.flat is None else p.of(p.flat) for p in self.slices]
         if gradients is None:
             return Shards(self, parameters, [])
-        grads = [self.nothing if p.flat is None else p.of(gradients[id(p.flat)]) for p in self.pieces]
+        grads = [self.nothing if p.flat is None else p.of(gradients[id(p.flat)]) for p in self.slices]
         return Shards(self, parameters, grads)
 
     def cut(self, full: dict[str, Tensor]) -> list[Tensor]:
-        """This rank's pieces of full tensors: the inverse of `gather`, views shaped like `shards().parameters`."""
+        """This rank's slices of full tensors: the inverse of `gather`, views shaped like `shards().parameters`."""
         found = []
-        for piece in self.pieces:
-            flat = full[piece.name].reshape(-1)[piece.start : piece.start + piece.numel]
-            whole = piece.flat is not None and piece.of(piece.flat).shape == piece.shape
-            found.append(flat.view(piece.shape) if whole else flat)
+        for part in self.slices:
+            flat = full[part.name].reshape(-1)[part.start : part.start + part.numel]
+            whole = part.flat is not None and part.of(part.flat).shape == part.shape
+            found.append(flat.view(part.shape) if whole else flat)
         return found
 
     def gather(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
         """name -> the full tensor, float32 on the CPU, of shards like `shards().parameters`; call it on every rank."""
         full = {}
-        for piece, tensor in zip(self.pieces, tensors, strict=True):
+        for part, tensor in zip(self.slices, tensors, strict=True):
             if self.sharded:
-                whole = torch.zeros(piece.shape.numel(), device=self.device)
-                whole[piece.start : piece.start + piece.numel] = tensor.to(self.device)
+                whole = torch.zeros(part.shape.numel(), device=self.device)
+                whole[part.start : part.start + part.numel] = tensor.to(self.device)
                 dist.all_reduce(whole)  # the other ranks hold zeros there: exact
                 tensor = whole
             # ZeRO's are flat with one rank, too
-            full[piece.name] = tensor.detach().to("cpu", torch.float32, copy=True).view(piece.shape)
+            full[part.name] = tensor.detach().to("cpu", torch.float32, copy=True).view(part.shape)
         return full
 
     @torch.no_grad()
     def write(self, full: dict[str, Tensor]) -> None:
         """Put full tensors into what the optimizer steps on. Float32 masters of a bfloat16 model need it to start from
         what was saved, not from its rounding."""
-        for piece, values in zip(self.pieces, self.cut(full), strict=True):
-            if piece.flat is not None:
-                piece.of(piece.flat).copy_(values)
+        for part, values in zip(self.slices, self.cut(full), strict=True):
+            if part.flat is not None:
+                part.of(part.flat).copy_(values)

@@ -18,8 +18,8 @@ The released code tailors the last twelve blocks' full weights, keeps the share 
 columns compensate: it adds there what the equation subtracts. It takes each layer's inputs behind layers tailored
 already; here all are those of the trained model.
 
-Cost for LLaVA-7B at rank 128: H is 28 GB in all, collected in seven passes over the records (llaca/inputs.py). The
-largest of the solves are 128 rows of about 1100 unknowns.
+Cost for LLaVA-7B at rank 128: H is 28 GB in all, collected in seven passes over the records
+(llaca/second_moments.py). The largest of the solves are 128 rows of about 1100 unknowns.
 """
 
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ from torch import Tensor
 
 from llaca.engines.shards import Shards
 from llaca.fields import setting
-from llaca.inputs import input_energies, passes
 from llaca.methods.base import WHOLE_TENSORS
 from llaca.methods.merging import CoMA
+from llaca.second_moments import passes, second_moments
 from llava.adapters import is_connector
 
 SOLVE_BYTES = 2**28  # of the systems that are solved at once
@@ -60,7 +60,7 @@ class ModelTailor(CoMA):
         layers = {name: weight for name, weight in trained.items() if not is_connector(name)}
         kept = adjusted = 0.0
         for names in passes(layers.items()):
-            for name, total in input_energies(self.stage, names, self.settings.estimate_records).items():
+            for name, total in second_moments(self.stage, names, self.settings.estimate_records).items():
                 H, old, new = damped(total), tailored[name].to(total.device), layers[name].to(total.device)
                 patch = top_share(score(new, old, H), self.settings.keep_share)
                 compensation = compensations(new, old, patch, H)

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llaca import ranks
-from llaca.engines.shards import Layout, Piece, Shards
+from llaca.engines.shards import Layout, Shards, TensorSlice
 from llaca.fields import setting
-from llaca.inputs import exact_products, input_energies, passes, width
 from llaca.methods.base import WHOLE_TENSORS, Method
+from llaca.second_moments import exact_products, passes, second_moments, width
 
 
 class PGP(Method):
@@ -64,11 +64,11 @@ class PGP(Method):
     @torch.no_grad()
     def take_out(self, shards: Shards, values: list[Tensor], targets: list[Tensor]) -> None:
         """targets -= values U U^T, for tensors like the shards' parameters; the ranks share the sums over a row."""
-        pieces = shards.layout.pieces
-        bases = [self.basis[piece.name] for piece in pieces]
+        slices = shards.layout.slices
+        bases = [self.basis[part.name] for part in slices]
         with exact_products():
-            items = zip(pieces, values, bases, strict=True)
-            along = [rows_of(piece, value.float()) @ basis for piece, value, basis in items]
+            items = zip(slices, values, bases, strict=True)
+            along = [rows_of(part, value.float()) @ basis for part, value, basis in items]
             if self.places:
                 table = along[0].new_zeros(self.places, max(basis.shape[1] for basis in bases))
                 for index, row, place in self.cut:
@@ -76,13 +76,13 @@ class PGP(Method):
                 table = shards.sum(table)
                 for index, row, place in self.cut:
                     along[index][row] = table[place, : bases[index].shape[1]]
-            for piece, target, rows, basis in zip(pieces, targets, along, bases, strict=True):
-                first = piece.start % width(piece.shape)
-                target.sub_((rows @ basis.T).flatten()[first : first + piece.numel].view_as(target))
+            for part, target, rows, basis in zip(slices, targets, along, bases, strict=True):
+                first = part.start % width(part.shape)
+                target.sub_((rows @ basis.T).flatten()[first : first + part.numel].view_as(target))
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[None, dict]:
         for names in passes(self.stage.weights().items()):
-            energies = input_energies(self.stage, names, self.settings.estimate_records)
+            energies = second_moments(self.stage, names, self.settings.estimate_records)
             for name in names:
                 self.basis[name] = extended(self.basis.get(name), energies.pop(name), self.settings.energy)
         inputs, directions = (sum(basis.shape[axis] for basis in self.basis.values()) for axis in (0, 1))
@@ -98,23 +98,23 @@ class PGP(Method):
         self.start = [old.to(new.device) for old, new in zip(state["start"], self.start, strict=True)]
 
 
-def rows_of(piece: Piece, values: Tensor) -> Tensor:
-    """The rows [rows, inputs] of a tensor that a rank's piece touches, zero where another rank has the elements."""
-    before, inputs = piece.start % width(piece.shape), width(piece.shape)
-    return pad(values.flatten(), (before, -(before + piece.numel) % inputs)).view(-1, inputs)
+def rows_of(part: TensorSlice, values: Tensor) -> Tensor:
+    """The rows [rows, inputs] of a tensor that a rank's part touches, zero where another rank has the elements."""
+    before, inputs = part.start % width(part.shape), width(part.shape)
+    return pad(values.flatten(), (before, -(before + part.numel) % inputs)).view(-1, inputs)
 
 
 def cut_rows(layout: Layout) -> tuple[list[tuple[int, int, int]], int]:
-    """The rows that lie on several ranks, each of which has a part of the sums over them: (number of the piece, row of
+    """The rows that lie on several ranks, each of which has a part of the sums over them: (number of the part, row of
     its `rows_of`, place in a table of all such rows) of those on this rank, and how many there are in all."""
     if not layout.sharded:
         return [], 0
     mine = {}
-    for index, piece in enumerate(layout.pieces):
-        for edge in (piece.start, piece.start + piece.numel):
-            row, column = divmod(edge, width(piece.shape))
+    for index, part in enumerate(layout.slices):
+        for edge in (part.start, part.start + part.numel):
+            row, column = divmod(edge, width(part.shape))
             if column:
-                mine[piece.name, row] = index, row - piece.start // width(piece.shape)
+                mine[part.name, row] = index, row - part.start // width(part.shape)
     places = sorted({row for rows in ranks.everyone(list(mine)) for row in rows})
     return [(*here, places.index(row)) for row, here in mine.items()], len(places)
 

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from llava.backbone import Backbone
 from llava.backbones.llava15 import Llava15
-from llava.files import check_file, make_config, read_json, weight_files
+from llava.files import check_file, make_config, read_object, weight_files
 
 FAMILIES: dict[str, type[Backbone]] = {
     "llava": Llava15,
@@ -27,7 +27,7 @@ def family_of(path: str | Path) -> type[Backbone]:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no config.json; give the folder of a base model saved by transformers")
-    content = read_json(file)
+    content = read_object(file)
     if "mm_projector_type" in content:
         raise ValueError(
             f"{path} has the original LLaVA layout; convert it with `python -m llava.checkpoint assemble --llm {path}`"
@@ -106,7 +106,7 @@ def load_weights(family: type[Backbone], name: str, path: Path | None, **setting
 
 def _config_of(family: type[Backbone], path: Path):
     file = path / "config.json"
-    return make_config(family.config_class, read_json(file), file)
+    return make_config(family.config_class, read_object(file), file)
 
 
 def _quantization(path: Path, kind: str, dtype: torch.dtype, family: type[Backbone], config):

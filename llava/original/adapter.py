@@ -9,7 +9,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llava.adapters import CONFIG, WEIGHTS
 from llava.backbones.llava15 import Llava15
-from llava.files import check_finite, check_same, read_json
+from llava.files import check_finite, check_same, read_object
 from llava.original.base import Base, config_of, shapes_of, write_base
 from llava.original.names import PEFT_PREFIX, State, is_projector, of_hub, read_weights, to_original, to_transformers
 
@@ -129,7 +129,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, dtype: torch.d
     """
     base, adapter = Path(base), Path(adapter)
     settings = _mergeable_config(adapter / CONFIG)
-    if "mm_projector_type" in read_json(base / "config.json"):
+    if "mm_projector_type" in read_object(base / "config.json"):
         raise ValueError(f"{base} has the original LLaVA layout; assemble a base of it first")
     config = config_of(base)
     processor = Llava15.read_processor(base, config)
@@ -206,7 +206,7 @@ def _plain_config(file: Path, modules_to_save: tuple[str, ...] | None = None) ->
 
 
 def _lora_config(file: Path) -> dict:
-    content = read_json(file)
+    content = read_object(file)
     for key in ("r", "lora_alpha"):
         if not isinstance(content.get(key), int | float) or content[key] <= 0:
             raise ValueError(f"{file}: {key} should be a positive number, it is {content.get(key)!r}")

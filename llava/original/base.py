@@ -18,7 +18,7 @@ from transformers import (
 
 from llava.backbones import load_weights
 from llava.backbones.llava15 import PLACEHOLDER, Llava15, padding_processor
-from llava.files import check_same, make_config, read_json
+from llava.files import check_same, make_config, read_object
 from llava.original.names import (
     State,
     is_projector,
@@ -59,7 +59,7 @@ def read_base(llm: str | Path, vision: str | Path | None = None, projector: str 
     llava-hf adds behind the vocabulary go.
     Raises ValueError or FileNotFoundError naming the file for parts that are missing, broken, or do not fit.
     """
-    llm, content = Path(llm), read_json(Path(llm) / "config.json")
+    llm, content = Path(llm), read_object(Path(llm) / "config.json")
     if "vision_config" in content:
         _refuse(f"{llm} is a whole model of transformers", vision=vision, projector=projector)
         old = config_of(llm)
@@ -184,7 +184,7 @@ def config_of(folder: Path) -> LlavaConfig:
     Raises FileNotFoundError or ValueError naming the file.
     """
     file = folder / "config.json"
-    content = read_json(file)
+    content = read_object(file)
     if "vision_config" in content:
         return make_config(LlavaConfig, content, file)
     if "mm_hidden_size" not in content:
@@ -211,10 +211,10 @@ def _refuse(reason: str, **given) -> None:
 def _preprocessor(folder: Path) -> dict:
     """The image processor's settings, from the file of either age."""
     if (folder / "processor_config.json").is_file():
-        content = read_json(folder / "processor_config.json")
+        content = read_object(folder / "processor_config.json")
         if isinstance(content.get("image_processor"), dict):
             return content["image_processor"]
-    return read_json(folder / "preprocessor_config.json")
+    return read_object(folder / "preprocessor_config.json")
 
 
 def _selection(folder: Path, content: dict) -> tuple[int, str]:
@@ -252,13 +252,13 @@ def _text_config(folder: Path, content: dict) -> LlamaConfig:
 
 def _vision_config(folder: Path) -> CLIPVisionConfig:
     """The vision half of a CLIP folder's configuration, or the whole of it."""
-    content = read_json(folder / "config.json")
+    content = read_object(folder / "config.json")
     return make_config(CLIPVisionConfig, content.get("vision_config", content), folder / "config.json")
 
 
 def _name_rope_twice(file: Path) -> None:
     """Write the rotary embedding's settings under transformers 4's names too: it reads no others, and has defaults."""
-    content = read_json(file)
+    content = read_object(file)
     text = content["text_config"]
     rope = dict(text["rope_parameters"])
     text["rope_theta"] = rope.pop("rope_theta")

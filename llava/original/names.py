@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, normalizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from llava.backbones.llava15 import PLACEHOLDER
-from llava.files import check_tokenizer, read_json, read_tensors, weight_files
+from llava.files import check_tokenizer, read_object, read_tensors, weight_files
 from llava.original.processor import starts_words_once
 
 PEFT_PREFIX = "base_model.model."
@@ -149,7 +149,7 @@ def _is_legacy(folder: Path) -> bool:
     A folder written for the class that takes tokenizer.json as it is says it there.
     """
     config, verbatim = folder / "tokenizer_config.json", folder / "tokenizer.json"
-    settings = read_json(config) if config.is_file() else {}
+    settings = read_object(config) if config.is_file() else {}
     if "legacy" not in settings and verbatim.is_file():
-        return starts_words_once(read_json(verbatim)) is None
+        return starts_words_once(read_object(verbatim)) is None
     return settings.get("legacy", True)

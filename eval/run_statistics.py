@@ -9,7 +9,7 @@ from eval.predict import EvaluatedRun
 from eval.score import Majority
 
 
-def facts(methods: dict[str, list[EvaluatedRun]], metrics: dict[str, dict]) -> pd.DataFrame:
+def run_statistics(methods: dict[str, list[EvaluatedRun]], metrics: dict[str, dict]) -> pd.DataFrame:
     """What lies behind a table, a row per run: commit, cost of training, figures, and how often beta fell back.
 
     Seconds per step are of the stages' whole time, what a method does after its last step included. A run that was
@@ -56,7 +56,7 @@ def most(told: list[dict], key: str, unit: int = 1) -> float | None:
 
 
 def costs(behind: pd.DataFrame) -> str:
-    """What each method took, as a GitHub table: means over the runs of `facts`, the largest peak of memory. A
+    """What each method took, as a GitHub table: means over the runs of `run_statistics`, the largest peak of memory. A
     dash: recorded by none of them."""
     groups = behind.groupby("method", sort=False)
     lines = [["Method", "Trained parameters", "Steps", "Seconds per step", "Minutes", "Peak memory, GB"], ["---"]]
@@ -82,7 +82,8 @@ def costs(behind: pd.DataFrame) -> str:
 
 
 def differences(behind: pd.DataFrame, pairs: dict[str, list[str]]) -> str:
-    """Row minus row of `facts`, seed by seed, as a GitHub table: mean ± sample standard deviation, in points."""
+    """Row minus row of `run_statistics`, seed by seed, as a GitHub table: mean ± sample standard deviation, in
+    points."""
     metrics = ("Avg.ACC", "Forgetting", "New.ACC")
     lines = [["", "Difference", *metrics, "Seeds"], ["---", "---", *["---:"] * 4]]
     for words, (one, other) in pairs.items():

@@ -33,7 +33,7 @@ def passes(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[str]]:
     yield group
 
 
-def input_energies(stage: "StageView", names: Collection[str], records: int) -> dict[str, Tensor]:
+def second_moments(stage: "StageView", names: Collection[str], records: int) -> dict[str, Tensor]:
     """X X^T [inputs, inputs], float32, of the layers of these weights and biases: x x^T summed up over all tokens (or
     patches) of so many records; a bias has the one input 1.
 
