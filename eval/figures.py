@@ -1,14 +1,20 @@
-"""Figures of the accuracy matrix as PNG, drawn without a display and safe for the colour-blind."""
+"""Figures of the accuracy matrix as PNG, drawn without a display and safe for the colour-blind.
+
+python -m eval.figures DIR ...      average_vs_forgetting.png of tables, anew from their runs.csv
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from adjustText import adjust_text
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
@@ -148,24 +154,31 @@ def average_vs_forgetting(points: Mapping[str, np.ndarray], path: Path | str) ->
     """Avg.ACC against Forgetting, both in percent: top left is best.
 
     `points` maps a method to (Avg.ACC, Forgetting), or to an array (seeds, 2) of them: small marks for
-    seeds, a large one for their mean.
+    seeds, a large one with its name for their mean.
     """
     if not points:
         raise ValueError("no methods to draw")
     with rc_context(STYLE):
-        figure = Figure(figsize=(8.4, max(4.2, 0.4 + 0.27 * len(points))), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=(9.6, 6.4))
+        axes, names, middles, marks = figure.subplots(), [], [], []
         for position, (label, values) in enumerate(points.items()):
             seeds = np.atleast_2d(np.asarray(values, float))
             average, forgotten = seeds.mean(axis=0)
             look = style(position)
             if len(seeds) > 1:
                 axes.scatter(seeds[:, 1], seeds[:, 0], s=14, alpha=0.5, linewidths=0, **look)
-            axes.scatter(forgotten, average, s=70, label=label, edgecolors="white", linewidths=0.8, **look)
+            axes.scatter(forgotten, average, s=70, edgecolors="white", linewidths=0.8, **look)
+            names.append(axes.text(forgotten, average, label, color="#222222", fontsize=9))
+            middles.append((forgotten, average))
+            marks += [(forgotten, average), *seeds[:, ::-1]]
         axes.set_xlabel("Forgetting (lower is better)")
         axes.set_ylabel("Avg.ACC, % (higher is better)")
         axes.margins(0.12)
-        figure.legend(loc="outside right upper")
+        FigureCanvasAgg(figure).draw()  # names are moved apart by their sizes
+        (x, y), (target_x, target_y) = np.transpose(marks), np.transpose(middles)
+        arrow = {"arrowstyle": "-", "color": "#999999", "lw": 0.6}
+        adjust_text(names, x, y, target_x=target_x, target_y=target_y, ax=axes, expand=(1.1, 1.5), iter_lim=500,
+                    arrowprops=arrow)  # fmt: skip
         save(figure, path)
 
 
@@ -220,3 +233,15 @@ def beta_over_steps(runs: Mapping[str, Sequence[tuple[str, int, pd.DataFrame | N
             lower.set_ylabel("fell\nback, %")
         panels[-1].set_xlabel("optimizer step of the stream")
         save(figure, path)
+
+
+def main(folders: Sequence[str]) -> None:
+    """Command line."""
+    for folder in map(Path, folders):
+        runs = pd.read_csv(folder / "runs.csv").dropna(subset="Forgetting").groupby("method", sort=False)
+        points = {label: own[["Avg.ACC", "Forgetting"]].to_numpy() for label, own in runs}
+        average_vs_forgetting(points, folder / "average_vs_forgetting.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -75,13 +75,11 @@ def run_questions(recipe: Recipe, split: str) -> Mapping[str, Questions]:
 
     Raises DataError for a question that cannot be asked, unless the recipe goes on unchecked.
     """
-    stream = recipe.stream
+    stream, root = recipe.stream, recipe.stream.data_root
     tasks = tuple(ordered(stream.tasks, stream.order))
-    files = [
-        task_of(stream.data_root, task).question_file(stream.data_root, stream.instructions, split) for task in tasks
-    ]
+    files = [task_of(root, task).question_file(root, stream.instructions, split) for task in tasks]
     changed = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
-    wanted = Wanted(stream.data_root, tasks, tuple(files), recipe.model.base, stream.unchecked, stream.max_test_samples)
+    wanted = Wanted(root, tasks, tuple(files), recipe.model.base, stream.unchecked, stream.max_test_samples)
     return _questions(wanted, changed)
 
 

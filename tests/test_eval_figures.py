@@ -83,10 +83,24 @@ def test_seeds_and_their_mean(tmp_path, drawn):
     assert marks == [[[40, 30], [44, 34]], [[42, 32]], [[5, 60]]]
 
 
-def test_a_long_legend_leaves_the_axes_their_room(tmp_path, drawn):
-    figures.average_vs_forgetting({f"method {i}": (i, 100 - i) for i in range(25)}, tmp_path / "a.png")
-    place = drawn[0].axes[0].get_position()
-    assert place.height > 0.7 and place.width > 0.5
+def test_the_names_of_methods_that_lie_together_do_not_cover_each_other(tmp_path, drawn):
+    points = {f"method {i}": (30 + 5 * (i % 4), 40 + 5 * (i // 4)) for i in range(16)}
+    for name in ("a.png", "b.png"):
+        figures.average_vs_forgetting(points, tmp_path / name)
+    [axes] = drawn[0].axes
+    names = [text for text in axes.texts if text.get_text() in points]  # the others are the lines to the marks
+    assert [text.get_text() for text in names] == list(points)
+    boxes = [text.get_window_extent() for text in names]
+    assert not [(i, j) for i in range(16) for j in range(i) if boxes[i].overlaps(boxes[j])]
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_tables_scatter_is_drawn_anew_from_its_runs(tmp_path, drawn):
+    rows = {"method": ["LoRA", "LoRA", "Zero-shot"], "Avg.ACC": [30.0, 34, 1], "Forgetting": [40.0, 44, None]}
+    pd.DataFrame(rows).to_csv(tmp_path / "runs.csv")
+    figures.main([str(tmp_path)])
+    marks = [collection.get_offsets().tolist() for collection in drawn[0].axes[0].collections]
+    assert marks == [[[40, 30], [44, 34]], [[42, 32]]] and (tmp_path / "average_vs_forgetting.png").is_file()
 
 
 def test_nothing_reaches_over_the_edge_and_bytes_repeat(tmp_path):
