@@ -210,7 +210,7 @@ def plan(recipe: Recipe, gpus: int, tokens: int, device: str = "cuda") -> dict[s
 
 
 def loading(recipe: Recipe, gpus: int) -> dict[str, Loading]:
-    """Engine -> the peak while the base is loaded on one of `gpus` GPUs (llava/model.py, llaca/engines/)."""
+    """Engine -> the peak while the base is loaded on one of `gpus` GPUs (llava/backbones/, llaca/engines/)."""
     blank = blank_of(recipe)
     trained = 4 * sum(p.numel() for p in trainable_parameters(blank.model).values())
     base = base_bytes(blank, recipe.model.quantization)

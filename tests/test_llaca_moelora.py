@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from scipy.special import softmax
 from test_llaca_methods import method_of
 from test_llaca_train import adapters, arguments, mini  # noqa: F401
-from test_llava_model import scrambled
+from test_llava_adapters import scrambled
 
 from data.records import load_samples
 from eval.predict import Answerer, open_run
