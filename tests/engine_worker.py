@@ -172,8 +172,6 @@ def main() -> None:
             told[name] = clipping(Path(base), Path(data), Path(out).parent)
             continue
         told[name] = scenario(name, Path(base), Path(data), Path(out).parent, None if zero == "none" else zero)
-        if "error" in told[name] and len(names) > 1:
-            break
     if ranks.first():
         Path(out).write_text(json.dumps(told))
 

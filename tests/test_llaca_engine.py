@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from llaca.engines.deepspeed import DeepSpeed
 from llaca.engines.shards import Layout, TensorSlice
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("engines")  # its fixtures are made once
 
 
 @pytest.mark.slow
@@ -61,11 +63,30 @@ def alone(tiny_base, tiny_data, tmp_path_factory):
     return work(tiny_base, tiny_data, folder, [sys.executable], "none", "clipped", "unclipped", "plain")
 
 
+SCENARIOS = {
+    "none": ("clipped", "unclipped", "plain", "bf16", "missing", "nan"),
+    "2": ("clipped", "unclipped", "plain", "bf16", "text", "turns", "missing", "nan", "late"),
+    "3": ("clipped", "unclipped", "plain", "bf16", "sharded", "sharded-bf16", "still-bf16", "text", "turns", "missing",
+          "nan", "late"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def together(tiny_base, tiny_data, tmp_path_factory):
+    """What two processes tell under an engine, all scenarios in one start of them."""
+
+    @cache
+    def told(zero: str) -> dict:
+        return work(tiny_base, tiny_data, tmp_path_factory.mktemp("together"), TORCHRUN, zero, *SCENARIOS[zero])
+
+    return told
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["none", "2", "3"])
-def test_two_processes_train_as_one_and_stop_for_a_missing_gradient(alone, tiny_base, tiny_data, tmp_path, zero):
+def test_two_processes_train_as_one_and_stop_for_a_missing_gradient(alone, together, zero):
     """The last batch has pictures on one rank and none on the other: the ranks' backward passes must not differ."""
-    told = work(tiny_base, tiny_data, tmp_path, TORCHRUN, zero, "clipped", "unclipped", "plain", "missing")
+    told = together(zero)
     for name in ("clipped", "unclipped", "plain"):
         assert told[name]["norms"] == pytest.approx(alone[name]["norms"], rel=2e-5)
         assert told[name]["sum"] == pytest.approx(alone[name]["sum"], rel=1e-4, abs=1e-4)
@@ -79,19 +100,17 @@ def test_two_processes_train_as_one_and_stop_for_a_missing_gradient(alone, tiny_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["none", "2", "3"])
-def test_a_gradient_that_is_not_a_number_stops_the_run_with_its_name(tiny_base, tiny_data, tmp_path, zero):
+def test_a_gradient_that_is_not_a_number_stops_the_run_with_its_name(together, zero):
     """ZeRO skips such a step without a word, in float32 too."""
-    told = work(tiny_base, tiny_data, tmp_path, TORCHRUN, zero, "nan")["nan"]
+    told = together(zero)["nan"]
     assert f"['{FAULTY}']" in told["error"] and "finite" in told["error"] and told["steps"] == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["2", "3"])
-def test_steps_without_pictures_do_not_see_the_projectors_gradient_of_an_earlier_one(
-    tiny_base, tiny_data, tmp_path, zero
-):
+def test_steps_without_pictures_do_not_see_the_projectors_gradient_of_an_earlier_one(together, zero):
     """ZeRO 3 would step on it again. What is absent in the first micro-batch only stops the run: it would be added."""
-    told = work(tiny_base, tiny_data, tmp_path, TORCHRUN, zero, "text", "turns", "late")
+    told = together(zero)
     assert told["text"]["projector"] == [0.0] * 4 and told["text"]["moved"]["projector"] == 0.0
     assert told["text"]["moved"]["lora"], "every B of LoRA moves"
     pictures = [norm > 0 for norm in told["turns"]["projector"]]
@@ -102,8 +121,8 @@ def test_steps_without_pictures_do_not_see_the_projectors_gradient_of_an_earlier
 
 
 @pytest.mark.slow
-def test_a_base_that_comes_in_shards_trains_to_the_same_numbers_as_a_whole_one(alone, tiny_base, tiny_data, tmp_path):
-    told = work(tiny_base, tiny_data, tmp_path, TORCHRUN, "3", "bf16", "sharded-bf16", "plain", "sharded", "still-bf16")
+def test_a_base_that_comes_in_shards_trains_to_the_same_numbers_as_a_whole_one(alone, together):
+    told = together("3")
     for key in ("norms", "projector", "sum"):  # "moved" starts from weights before the cast
         assert told["sharded-bf16"][key] == told["bf16"][key] and told["sharded"][key] == told["plain"][key]
     assert told["still-bf16"]["moved"]["all"] == 0, "the float32 weights that a stage starts from, not their rounding"
@@ -113,8 +132,10 @@ def test_a_base_that_comes_in_shards_trains_to_the_same_numbers_as_a_whole_one(a
 
 @pytest.mark.slow
 def test_deepspeed_clips_at_the_recipes_norm_and_nowhere_else(tiny_base, tiny_data, tmp_path):
-    """A configuration without the key would clip at 1.0, whatever max_grad_norm is."""
-    told = work(tiny_base, tiny_data, tmp_path, [*TORCHRUN[:-2], "1", "--"], "0", "clipping")["clipping"]
+    """A configuration without the key would clip at 1.0, whatever max_grad_norm is; bfloat16 is refused at ZeRO 0."""
+    told = work(tiny_base, tiny_data, tmp_path, [*TORCHRUN[:-2], "1", "--"], "0", "clipping", "bf16")
+    assert "stage 0 in half precision" in told["bf16"]["error"]
+    told = told["clipping"]
     files = sorted(path.name for path in (ROOT / "scripts").glob("zero*.json"))
     assert len(files) == 5 and told.pop("silent") == (
         "DeepSpeed clips gradients at 1.0, the recipe's max_grad_norm is 0.0: write "
@@ -124,12 +145,10 @@ def test_deepspeed_clips_at_the_recipes_norm_and_nowhere_else(tiny_base, tiny_da
 
 
 @pytest.mark.slow
-def test_bfloat16_trains_alike_under_ddp_and_zero_2_and_is_refused_at_zero_0(tiny_base, tiny_data, tmp_path):
-    ddp, zero = (work(tiny_base, tiny_data, tmp_path, TORCHRUN, stage, "bf16")["bf16"] for stage in ("none", "2"))
+def test_bfloat16_trains_alike_under_ddp_and_zero_2(together):
+    ddp, zero = (together(stage)["bf16"] for stage in ("none", "2"))
     assert zero["norms"] == pytest.approx(ddp["norms"], rel=0.02)
     assert sum(zero["sum"].values()) == pytest.approx(sum(ddp["sum"].values()), rel=1e-3)
-    refused = work(tiny_base, tiny_data, tmp_path, TORCHRUN, "0", "bf16")["bf16"]
-    assert "stage 0 in half precision" in refused["error"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,8 @@ def test_broken_off_inside_the_second_stage_and_started_again_gives_the_same_byt
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+TOGETHER = pytest.mark.xdist_group("methods")  # their fixtures are made once
+HALF = ("agem.bf16", "pgp.bf16", "ewc.bf16")
 COMPUTED = ("agem", "cofima", "coma", "ewc", "lwf", "model_tailor", "moelora", "pgp", "replay")
 
 
@@ -84,11 +87,24 @@ def alone(tiny_base, tiny_data, tmp_path_factory):
     return work(tiny_base, tiny_data, tmp_path_factory.mktemp("alone") / "told", [sys.executable], "none")
 
 
+@pytest.fixture(scope="module")
+def together(tiny_base, tiny_data, tmp_path_factory):
+    """What two processes tell under an engine."""
+
+    @cache
+    def told(zero: str) -> dict:
+        names = (*COMPUTED, *(HALF if zero == "2" else ()))
+        return work(tiny_base, tiny_data, tmp_path_factory.mktemp("together") / "told", TORCHRUN, zero, names)
+
+    return told
+
+
+@TOGETHER
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["none", "1", "2"])
-def test_two_processes_train_as_one(alone, tiny_base, tiny_data, tmp_path, zero):
+def test_two_processes_train_as_one(alone, together, zero):
     """Under ZeRO the partitions meet inside a row of a tensor, whose projection takes both ranks."""
-    told = work(tiny_base, tiny_data, tmp_path / "told", TORCHRUN, zero)
+    told = together(zero)
     for name, one in alone.items():
         two = told[name]
         assert one["moved"] > 0 and two["shown"], "the model computes with the weights that the method wrote"
@@ -113,11 +129,13 @@ def test_in_bfloat16_alone(tiny_base, tiny_data, tmp_path):
     assert told["agem.bf16"]["report"]["projected_share"] > 0
 
 
+@TOGETHER
 @pytest.mark.slow
-def test_in_bfloat16_the_model_shows_what_methods_write_into_float32_masters(tiny_base, tiny_data, tmp_path):
+def test_in_bfloat16_the_model_shows_what_methods_write_into_float32_masters(together):
     """Under ZeRO 2, where the gradients of later parameter groups are joined and cast only when their turn comes."""
-    told = work(tiny_base, tiny_data, tmp_path / "told", TORCHRUN, "2", ("agem.bf16", "pgp.bf16", "ewc.bf16"))
-    for name, one in told.items():
+    told = together("2")
+    for name in HALF:
+        one = told[name]
         assert one["moved"] > 0 and one["shown"] and all(w.isfinite().all() for w in one["weights"].values()), name
         assert any(not torch.equal(w, w.bfloat16().float()) for w in one["weights"].values()), "masters are float32"
     assert 0 < told["agem.bf16"]["report"]["projected_share"] <= 1

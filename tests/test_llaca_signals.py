@@ -85,21 +85,31 @@ def test_signals_to_a_thread_that_was_there_before_are_noticed(tmp_path):
     assert file.read_text() == "1"
 
 
-@pytest.mark.parametrize(
-    ("around", "gone"),
-    [
-        ({}, False),
-        ({"RANK": "0"}, False),  # some platforms set it for a single process
-        ({"RANK": "0", "TORCHELASTIC_RUN_ID": "x"}, True),  # the launcher itself is no parent of these
-        ({"RANK": "0", "CROSS_SIZE": "1"}, True),
-    ],
-)
-def test_a_process_whose_starter_died_while_it_was_loading_ends(around, gone):
+AROUND = [
+    ({}, False),
+    ({"RANK": "0"}, False),  # some platforms set it for a single process
+    ({"RANK": "0", "TORCHELASTIC_RUN_ID": "x"}, True),  # the launcher itself is no parent of these
+    ({"RANK": "0", "CROSS_SIZE": "1"}, True),
+]
+FORKS = """
+import json, os, sys
+from llaca.stream import die_with_launcher
+os.environ["LLACA_LAUNCHER"] = str(os.getpid())
+for around in json.loads(sys.argv[1]):
+    if not (child := os.fork()):
+        os.environ.update(around)
+        die_with_launcher()
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_a_process_whose_starter_died_while_it_was_loading_ends():
     """Else it waits for half an hour for a rendezvous that nobody holds any more."""
-    line = [sys.executable, "-c", "from llaca.stream import die_with_launcher; die_with_launcher()"]
-    environment = {**os.environ, "LLACA_LAUNCHER": str(os.getpid()), **around}
-    done = subprocess.run(line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    assert bool(done.returncode) == gone and ("is gone" in done.stderr) == gone
+    line = [sys.executable, "-c", FORKS, json.dumps([around for around, _ in AROUND])]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    ends = [line != "0" for line in done.stdout.splitlines()]
+    assert ends == [gone for _, gone in AROUND] and done.stderr.count("is gone") == sum(ends), done.stderr
 
 
 def test_the_third_signal_kills(tmp_path):
@@ -130,9 +140,11 @@ def test_training_processes_get_the_signal_and_are_waited_for_though_what_is_bet
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["imports", "recipe.yaml", "stages"])
-def test_a_signal_before_the_first_step_ends_the_run_at_once(arguments, tmp_path, number, moment):  # noqa: F811
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [("imports", signal.SIGTERM), ("recipe.yaml", signal.SIGINT), ("stages", signal.SIGTERM)],
+)
+def test_a_signal_before_the_first_step_ends_the_run_at_once(arguments, tmp_path, moment, number):  # noqa: F811
     """While it imports, when the run folder is there (records are read, the model comes), when the stage's is."""
     line = [sys.executable, "-m", "llaca.launch", *arguments, "--method", "lora", "--epochs", "100"]
     launcher = subprocess.Popen(line, cwd=ROOT, process_group=0, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
