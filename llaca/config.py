@@ -173,7 +173,8 @@ def parser_of(method: str) -> ArgumentParser:
     parser.add_argument("--smoke", action="store_true", help="a few samples a task: the whole pipeline in minutes")
     for section in (*SECTIONS, METHODS[method].Settings):
         own = section in SECTIONS
-        title, text = (section.__name__, section.__doc__) if own else (f"method {method}", METHODS[method].__doc__)
+        title = section.__name__.removesuffix("Config").lower() if own else f"method {method}"
+        text = section.__doc__ if own else METHODS[method].__doc__
         group = parser.add_argument_group(title, (text or "").strip().partition("\n")[0])
         for one in fields(section):
             if (kind := declared(one)) is dict:

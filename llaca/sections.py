@@ -20,7 +20,7 @@ class ModelConfig:
         "none", "of the frozen language model's blocks (QLoRA, by bitsandbytes)"
     )
     reuse_vision_features: bool = setting(
-        False, "compute the frozen vision tower's features once per picture and keep them in memory"
+        False, "compute the frozen vision tower's features once per picture, for all runs (.cache/)"
     )
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass")
     legacy_projector_reset: bool = setting(
