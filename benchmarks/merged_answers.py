@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.predict import Answerer, EvaluatedRun, open_run
-from eval.tasks import task_of
 from llaca.methods import METHODS
 from llava.adapters import load_adapter
 from llava.generate import answer_batches
@@ -65,8 +64,7 @@ def answers(run: EvaluatedRun, stage: str, questions: int, batch_size: int) -> f
         return model
 
     models, found, seconds = variants(answerer.base.bfloat16(), adapted), {}, {}
-    share, stream = -(-questions // len(run.tasks)), run.recipe.stream
-    limits = {task: stream.max_new_tokens or task_of(stream.data_root, task).spec.max_new_tokens for task in run.tasks}
+    share = -(-questions // len(run.tasks))
     for name, model in models.items():
         start, found[name] = time.process_time(), []
         for task in run.tasks:
@@ -74,7 +72,9 @@ def answers(run: EvaluatedRun, stage: str, questions: int, batch_size: int) -> f
             numbers = range(min(share, len(asked)))
             said = [""] * len(numbers)
             ids, pictures = [asked.ids(n) for n in numbers], [asked.picture(n) for n in numbers]
-            batches = answer_batches(Decoder(model, answerer.backbone, limits[task]), ids, pictures, batch_size)
+            batches = answer_batches(
+                Decoder(model, answerer.backbone, run.answer_limit(task)), ids, pictures, batch_size
+            )
             for numbers, texts in batches:
                 for number, text in zip(numbers, texts, strict=True):
                     said[number] = text

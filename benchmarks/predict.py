@@ -146,11 +146,11 @@ def mini_questions(folder: Path, test_samples: int) -> list[Asked]:
     trained.recipe.stream.tasks = load_recipe(["--method", "lora"]).stream.tasks
     answerer = Answerer(trained)
     model = answerer.model(trained, trained.stages[0].name)
-    limit, sets = trained.recipe.stream.max_new_tokens, []
+    sets = []
     for task in trained.tasks:
         asked = trained.questions[task]
         ids, images = ([of(number) for number in range(len(asked))] for of in (asked.ids, asked.picture))
-        sets.append(Asked(Decoder(model, answerer.backbone, limit), ids, images))
+        sets.append(Asked(Decoder(model, answerer.backbone, trained.answer_limit(task)), ids, images))
     return sets
 
 

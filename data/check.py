@@ -261,6 +261,8 @@ def execute(options: argparse.Namespace, reader_of: Callable[[list[str]], Reader
     """Check what `options` name, with the reader of these tasks; exits with 1 if there is a problem."""
     try:
         file = COIN if options.benchmark == "coin" else options.benchmark and Path(options.benchmark)
+        if not options.root.is_dir():
+            raise FileNotFoundError(f"{options.root} is no folder: correct --root")
         benchmark = open_benchmark(options.root, file)
         tasks = [benchmark.task(name).name for name in options.tasks or benchmark.tasks]
         reader = reader_of(tasks)

@@ -18,9 +18,9 @@ def read_json(path: str | Path) -> Any:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} cannot be read: no such file; check the path in the recipe") from error
+        raise FileNotFoundError(f"{path} cannot be read: no such file; check data_root and benchmark.yaml") from error
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); check the path in the recipe") from error
+        raise ValueError(f"{path} cannot be read ({error.strerror}); check data_root and benchmark.yaml") from error
     return parse(content, path)
 
 

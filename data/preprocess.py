@@ -140,7 +140,10 @@ def make_columns(sources: Sequence[RecordFile], encoder: Encoder | None) -> dict
         try:
             files[source] = columns_file(source, encoder)
         except OSError as error:
-            found[source] = DataError(source.path, [f"cannot be read ({error.strerror}); check the path in the recipe"])
+            found[source] = DataError(
+                source.path,
+                [f"cannot be read ({error.strerror}); check data_root and benchmark.yaml"],
+            )
     waiting = {file: source for source, file in files.items() if not _is_whole(KINDS[source.kind], file)}
     problems: dict[Path, list[str]] = {}
     if waiting:

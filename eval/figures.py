@@ -26,6 +26,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")  # not as many as colours: 56 styles
 PANELS_A_ROW = 4
 MATRICES_A_ROW = 3
+LEAST_SPAN = 10.0  # points of an axis of the scatter
 BETA_SHOWN = (1e-2, 1 - 1e-4)  # the axis is logarithmic towards 0 and towards 1
 STYLE = {
     "font.size": 10,
@@ -160,7 +161,7 @@ def average_vs_forgetting(points: Mapping[str, np.ndarray], path: Path | str) ->
         raise ValueError("no methods to draw")
     with rc_context(STYLE):
         figure = Figure(figsize=(9.6, 6.4))
-        axes, names, middles, marks = figure.subplots(), [], [], []
+        axes, middles, marks = figure.subplots(), {}, []
         for position, (label, values) in enumerate(points.items()):
             seeds = np.atleast_2d(np.asarray(values, float))
             average, forgotten = seeds.mean(axis=0)
@@ -168,14 +169,17 @@ def average_vs_forgetting(points: Mapping[str, np.ndarray], path: Path | str) ->
             if len(seeds) > 1:
                 axes.scatter(seeds[:, 1], seeds[:, 0], s=14, alpha=0.5, linewidths=0, **look)
             axes.scatter(forgotten, average, s=70, edgecolors="white", linewidths=0.8, **look)
-            names.append(axes.text(forgotten, average, label, color="#222222", fontsize=9))
-            middles.append((forgotten, average))
+            middles.setdefault((round(forgotten, 6), round(average, 6)), []).append(label)
             marks += [(forgotten, average), *seeds[:, ::-1]]
         axes.set_xlabel("Forgetting (lower is better)")
         axes.set_ylabel("Avg.ACC, % (higher is better)")
         axes.margins(0.12)
+        for limits, set_limits in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
+            missing = max(0.0, LEAST_SPAN - (limits[1] - limits[0])) / 2
+            set_limits(limits[0] - missing, limits[1] + missing)
+        names = [axes.text(*place, ", ".join(own), color="#222222", fontsize=9) for place, own in middles.items()]
         FigureCanvasAgg(figure).draw()  # names are moved apart by their sizes
-        (x, y), (target_x, target_y) = np.transpose(marks), np.transpose(middles)
+        (x, y), (target_x, target_y) = np.transpose(marks), np.transpose(list(middles))
         arrow = {"arrowstyle": "-", "color": "#999999", "lw": 0.6}
         adjust_text(names, x, y, target_x=target_x, target_y=target_y, ax=axes, expand=(1.1, 1.5), iter_lim=500,
                     arrowprops=arrow)  # fmt: skip

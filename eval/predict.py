@@ -110,6 +110,12 @@ class EvaluatedRun:
             rows.append((stage.name, row))
         return [(BASE, dict.fromkeys(self.tasks, BASE)), *rows] if self.cells == "full" else rows
 
+    def answer_limit(self, task: str) -> int:
+        """Tokens of an answer at most: as many as the benchmark says, fewer where the recipe does."""
+        stream = self.recipe.stream
+        own = task_of(stream.data_root, task).spec.max_new_tokens
+        return min(own, stream.max_new_tokens or own)
+
     def answer_file(self, holder: str, task: str) -> Path:
         """Where the answers to `task` with the parameters of stage `holder` are."""
         return self.answers / holder / f"{task}.jsonl"
@@ -187,8 +193,7 @@ def answer_share(runs: Sequence[EvaluatedRun], rank: int, world: int, batch_size
                         answerer = None
                         answerer = Answerer(run)
                     model, loaded = answerer.model(run, holder), (run.name, holder)
-                stream = run.recipe.stream
-                limit = stream.max_new_tokens or task_of(stream.data_root, task).spec.max_new_tokens
+                limit = run.answer_limit(task)
                 part = run.answer_file(holder, task).with_name(f"{task}.jsonl.part-{rank}")
                 for answered in _append(
                     part, run.questions[task], todo, Decoder(model, answerer.backbone, limit), batch_size

@@ -7,6 +7,7 @@ FWT.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -152,6 +153,13 @@ def comparable(run: EvaluatedRun) -> tuple:
     return tuple(map(str, (run.recipe.stream, run.recipe.model, train, run.split)))
 
 
+def differing_fields(runs: list[EvaluatedRun]) -> list[str]:
+    """The fields of a recipe by which these runs are not `comparable`."""
+    sections = [asdict(run.recipe.stream) | asdict(run.recipe.model) | asdict(run.recipe.train) for run in runs]
+    rates = ("learning_rate", "projector_learning_rate")
+    return [name for name in sections[0] if name not in rates and len({str(one[name]) for one in sections}) > 1]
+
+
 def summary(runs: list[EvaluatedRun], metrics: dict[str, dict], out: Path, paper: bool = False) -> str:
     """The table over comparable runs, seeds taken together; files and figures into `out`."""
     methods = by_method(runs)
@@ -289,10 +297,16 @@ def report(options: argparse.Namespace) -> None:
             tables[comparable(run)].append(run)
     usual = "tables" if options.scoring == "official" else f"tables-{options.scoring}"
     out = options.out or options.runs_dir / usual
-    for number, members in enumerate(tables.values(), start=1):
-        where = out if len(tables) == 1 else out / str(number)
-        stream = members[0].recipe.stream
+    apart = differing_fields([members[0] for members in tables.values()])
+    for key, members in tables.items():
+        recipe, name = members[0].recipe, hashlib.sha256(repr(key).encode()).hexdigest()[:6]
+        stream, flat = recipe.stream, recipe.flat()
+        where = out if len(tables) == 1 else out / f"{Path(stream.data_root).name}-{name}"
         print(f"\n{stream.data_root}, {stream.order} order, {stream.instructions} instructions, {options.split} split")
+        if apart:
+            print(
+                "Runs that differ in these stand in tables of their own: " + ", ".join(f"{f} {flat[f]}" for f in apart)
+            )
         print(summary(members, metrics, where, options.paper))
         print(f"Tables (txt, md, csv, tex) and figures: {where}")
 

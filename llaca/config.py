@@ -224,7 +224,10 @@ def load_recipe(arguments: list[str]) -> Recipe:
         if (name := token.split("=")[0].lstrip("-").replace("-", "_")) in SETTINGS:
             raise ValueError(not_its_own(method, name))
     if unknown:
-        raise ValueError(f"unknown option {unknown[0]}; `python -m llaca.train --help` lists the known ones")
+        raise ValueError(
+            f"unknown option {unknown[0]}; `python -m llaca.train --help` lists a recipe's, "
+            f"`--help-method {method}` those of the method"
+        )
     spoken = vars(given)
     path, smoke = spoken.pop("recipe"), spoken.pop("smoke")
     label = "" if path.resolve() == DEFAULT_RECIPE.resolve() else path.stem

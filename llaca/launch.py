@@ -24,6 +24,7 @@ from llaca.processes import run_all
 from llaca.stream import leave_at_once
 from llava.check import reader_of
 
+OTHER_WORK = {"data_root", "stream", "tasks", "base", "epochs", "max_train_samples", "smoke"}  # than a recipe's minutes
 DEFAULT_METHODS = ("lora", "llaca")
 MINI = Path("data/coin_mini")
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
@@ -143,6 +144,8 @@ def prepare_data(recipe: Recipe) -> None:
     stream = recipe.stream
     if Path(stream.data_root) == MINI and not is_built(MINI):
         build(MINI)
+    if not Path(stream.data_root).is_dir():
+        raise FileNotFoundError(f"{stream.data_root} is no folder: correct data_root, or lay the benchmark there")
     lengths = {task: recipe.for_stage((task,)).max_length for task in stream.tasks}
     reader = reader_of(recipe.model.base, lengths, recipe.method.grouping)
     report = check_benchmark(stream.data_root, stream.instructions, stream.tasks, stream.unchecked, reader)
@@ -162,7 +165,8 @@ def announce(runs: list[tuple[Recipe, list[str]]], launcher: Launcher, side_by_s
         hosts = ", ".join(f"{count} on {host}" for host, count in (launcher.hosts or {}).items())
         print(f"{launcher.processes} processes a run, started by {launcher.name}{f': {hosts}' if hosts else ''}")
     minutes = max(recipe.run.expected_minutes for recipe, _ in runs) * -(-len(runs) // side_by_side)
-    if minutes:
+    asked = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in runs[0][1] if word.startswith("--")}
+    if minutes and not asked & OTHER_WORK:
         print(f"About {minutes:g} minutes of training on the machine that the recipe was written for.")
     sys.stdout.flush()
 

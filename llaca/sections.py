@@ -41,7 +41,9 @@ class StreamConfig:
         False, "train although the check of the data fails; what cannot be used is left out and counted"
     )
     max_train_samples: int = setting(0, "only the first n training records of a task; 0: all", least=0)
-    max_new_tokens: int = setting(0, "tokens of an answer at most; 0: the released limits, 128 or 1024", least=0)
+    max_new_tokens: int = setting(
+        0, "tokens of an answer at most, below the benchmark's own limit; 0: that limit", least=0
+    )
     max_test_samples: int = setting(0, "only the first n questions of a test set; 0: all", least=0)
 
 

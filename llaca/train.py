@@ -5,7 +5,6 @@ back. After a kill the same command goes on with the first stage that is not DON
 start, and the result is the same, since everything random in a stage comes from the seed and the stage's number.
 """
 
-import json
 import os
 import sys
 from dataclasses import fields
@@ -41,11 +40,11 @@ def help_method(names: list[str]) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line; `--list-methods` prints the methods' names as a JSON list, `--help-method NAME` a method's
-    settings."""
+    """Command line; `--list-methods` prints the methods, `--help-method NAME` a method's settings."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--list-methods" in arguments:
-        print(json.dumps(list(METHODS)))
+        for name, kind in METHODS.items():
+            print(f"{name:14s}{kind.__doc__.partition(chr(10))[0]}")
         return
     if "--help-method" in arguments:
         sys.exit(help_method(arguments[arguments.index("--help-method") + 1 :]))

@@ -6,6 +6,7 @@ asks for.
 
 import copy
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def attach_lora(
     )
     if layer is not None:
         config._register_custom_module({nn.Linear: layer})
-    model = get_peft_model(model, config)
+    with warnings.catch_warnings():  # PEFT asks for a name that transformers 5 has replaced
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model = get_peft_model(model, config)
     for parameter in trainable_parameters(model).values():
         parameter.data = parameter.data.float()
     _check_trainables(model, backbone)

@@ -49,7 +49,7 @@ def method_of(recipe: "Recipe") -> Method:
     clipping = [recipe.train.max_grad_norm, *(own.get("max_grad_norm", 0) for own in recipe.train.per_task.values())]
     if method.edits_gradients and any(clipping):
         raise ValueError(
-            f"method {name} changes gradients, and engines clip and unscale them at different times: max_grad_norm 0"
+            f"method {name} changes gradients, and engines clip them at different times: give --max_grad_norm 0"
         )
     method.check_model(recipe.model)
     return method
