@@ -95,6 +95,14 @@ def test_the_names_of_methods_that_lie_together_do_not_cover_each_other(tmp_path
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_equal_points_share_a_name_and_an_axis_is_never_without_extent(tmp_path, drawn):
+    figures.average_vs_forgetting({"one": (50, 20), "other": (50, 20)}, tmp_path / "a.png")
+    [axes] = drawn[0].axes
+    assert [text.get_text() for text in axes.texts if text.get_text()] == ["one, other"]
+    for least, most in (axes.get_xlim(), axes.get_ylim()):
+        assert most - least == pytest.approx(figures.LEAST_SPAN)
+
+
 def test_a_tables_scatter_is_drawn_anew_from_its_runs(tmp_path, drawn):
     rows = {"method": ["LoRA", "LoRA", "Zero-shot"], "Avg.ACC": [30.0, 34, 1], "Forgetting": [40.0, 44, None]}
     pd.DataFrame(rows).to_csv(tmp_path / "runs.csv")

@@ -296,6 +296,23 @@ def test_runs_of_one_row_are_told_apart_from_those_of_another(trained, tmp_path)
     assert notes.count("beta fell back in") == 2 and "learning rates 0.5 and" in notes
 
 
+def test_runs_that_cannot_be_compared_stand_apart_and_the_heads_say_why(trained, tmp_path, capsys):
+    """And the smaller limit of an answer's length holds, the recipe's or the benchmark's."""
+    folder = copy_of(trained, tmp_path)
+    subprocess.run(["cp", "-r", str(folder), str(tmp_path / "other")], check=True)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    other = recipe | {"epochs": 7.0, "max_new_tokens": 2000}
+    (tmp_path / "other" / "recipe.yaml").write_text(yaml.safe_dump(other))
+    assert [open_run(tmp_path / "other").answer_limit(task) for task in ("ScienceQA", "GQA")] == [1024, 128]
+    assert open_run(folder).answer_limit("ScienceQA") == 4
+    (tmp_path / "other" / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"epochs": 7.0}))
+    report(["--runs-dir", str(tmp_path)])
+    heads = [row for row in capsys.readouterr().out.splitlines() if row.startswith("Runs that differ in these")]
+    assert [row.partition(": ")[2] for row in heads] == ["epochs 7.0", "epochs 1.0"]
+    names = sorted(path.name for path in (tmp_path / "tables").iterdir())
+    assert len(names) == 2 and all(name.startswith("mini-") for name in names)
+
+
 @pytest.mark.slow
 def test_batches_processes_and_kills_change_no_answer_of_coin_mini(tmp_path):
     """All eight test sets, the shipped base: one at a time against batches, two processes, and a kill in the middle."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from test_llaca_train import adapters, arguments, mini  # noqa: F401
 
-from llaca.launch import announce, choose_launcher, commands
+from llaca.config import load_recipe
+from llaca.launch import announce, choose_launcher, commands, prepare_data
 from llaca.stream import only_one
 
 
@@ -31,6 +32,19 @@ def test_deepspeeds_own_launcher_trains_what_torchrun_trains(arguments, tmp_path
 def test_the_launcher_says_under_which_engines_a_method_works(arguments, capsys):  # noqa: F811
     announce(commands([*arguments, "--method", "ewc"]), choose_launcher(None, 1, None, "none"), 1)
     assert "works with --zero none, 0, 1, 2 (" in capsys.readouterr().out
+
+
+def test_a_recipes_minutes_are_told_for_its_own_work_alone(capsys):
+    other = (["--epochs", "9"], ["--tasks", "GQA", "--data-root", "x"])
+    for more in ([], ["--seed", "1"], *other):
+        announce(commands(more), choose_launcher(None, 1, None, "none"), 1)
+        assert ("About 10 minutes" in capsys.readouterr().out) == (more not in other), more
+
+
+def test_a_folder_that_is_not_there_is_refused_before_it_is_read(arguments):  # noqa: F811
+    recipe = load_recipe([*arguments, "--method", "lora", "--data-root", "nowhere"])
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder: correct data_root"):
+        prepare_data(recipe)
 
 
 @pytest.mark.slow
