@@ -48,9 +48,13 @@ else:
         from llava.backbones import load_base
         from llaca.records import load_stream, stage_datasets, stage_wordings
         whole, backbone = load_base(recipe.model.base)
-    except ImportError:  # commit 4bcd032
-        from llaca.train import Student, load_stream, stage_datasets, stage_wordings
+    except ImportError:  # versions of before
         from llava.model import load_base
+        try:
+            from llaca.records import load_stream, stage_datasets, stage_wordings
+            from llaca.student import Student
+        except ImportError:  # commit 4bcd032
+            from llaca.train import Student, load_stream, stage_datasets, stage_wordings
         whole, processor = load_base(recipe.model.base)
         backbone = Student(whole, processor, {}, None)
     stages = stages_of(recipe, False, Path("."))

@@ -5,7 +5,7 @@ python -m eval.figures DIR ...      average_vs_forgetting.png of tables, anew fr
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -239,13 +239,18 @@ def beta_over_steps(runs: Mapping[str, Sequence[tuple[str, int, pd.DataFrame | N
         save(figure, path)
 
 
-def main(folders: Sequence[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    for folder in map(Path, folders):
-        runs = pd.read_csv(folder / "runs.csv").dropna(subset="Forgetting").groupby("method", sort=False)
-        points = {label: own[["Avg.ACC", "Forgetting"]].to_numpy() for label, own in runs}
-        average_vs_forgetting(points, folder / "average_vs_forgetting.png")
+    parser = argparse.ArgumentParser(prog="python -m eval.figures", description="Draws scatters anew.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a table's folder, with its runs.csv")
+    for folder in parser.parse_args(arguments).folders:
+        try:
+            runs = pd.read_csv(folder / "runs.csv").dropna(subset="Forgetting").groupby("method", sort=False)
+            points = {label: own[["Avg.ACC", "Forgetting"]].to_numpy() for label, own in runs}
+            average_vs_forgetting(points, folder / "average_vs_forgetting.png")
+        except (OSError, ValueError, KeyError) as error:
+            raise SystemExit(f"eval.figures: {folder}: {error}") from error
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

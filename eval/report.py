@@ -155,6 +155,8 @@ def comparable(run: EvaluatedRun) -> tuple:
 
 def differing_fields(runs: list[EvaluatedRun]) -> list[str]:
     """The fields of a recipe by which these runs are not `comparable`."""
+    if len(runs) < 2:
+        return []
     sections = [asdict(run.recipe.stream) | asdict(run.recipe.model) | asdict(run.recipe.train) for run in runs]
     rates = ("learning_rate", "projector_learning_rate")
     return [name for name in sections[0] if name not in rates and len({str(one[name]) for one in sections}) > 1]

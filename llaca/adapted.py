@@ -50,6 +50,8 @@ def load_adapted(
         load_base(*settings, "meta")  # raises on every rank what the loader of shards does not notice
     with sharded_loading(recipe.engine.zero, dtype):
         model, backbone = load_base(*settings, device)
+    if config.legacy_projector_reset and not backbone.connector:
+        raise ValueError("legacy_projector_reset: this base model has no projector; leave it out")
     if config.reuse_vision_features:
         if features is None:
             root = image_root(recipe.stream.data_root)

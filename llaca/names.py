@@ -26,7 +26,8 @@ def check_name(name: str) -> None:
 def run_name(recipe: "Recipe", usual: "Recipe", label: str, smoke: bool) -> str:
     """The method, the `label` of a recipe that is not the default one, what differs from what is `usual` for the method
     in this recipe, and the seed. Where that is too long for a folder, a hash of it stands in place of its end."""
-    now, then, quiet = recipe.flat(), usual.flat(), {f.name for f in fields(recipe.run)} | {"method"}
+    now, then = recipe.flat(), usual.flat()
+    quiet = {"method", *(f.name for section in (recipe.run, recipe.engine) for f in fields(section))}
     changed = {key: now[key] for key in now if now[key] != then[key] and key not in quiet}
     told = [str(changed.pop(key)) for key in ("order", "instructions") if key in changed]
     told += [f"{key}-{value}" for key, value in changed.items()]

@@ -115,7 +115,7 @@ def base_bytes(blank: Blank, quantization: str) -> float:
     for name, parameter in blank.model.named_parameters():
         if parameter.requires_grad:
             continue
-        linear = re.fullmatch(rf"{blank.backbone.lora_targets}(\.base_layer)?\.weight", name)
+        linear = re.fullmatch(rf"(?:{blank.backbone.lora_targets})(\.base_layer)?\.weight", name)
         if quantization == "none" or not linear:
             total += parameter.nbytes
         elif quantization == "8bit":

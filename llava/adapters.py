@@ -137,8 +137,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 
 
 def _check_trainables(model: nn.Module, backbone: Backbone | type[Backbone]) -> None:
-    lora = re.compile(rf"base_model\.model\.{backbone.lora_targets}\.lora_\w+\.default\.weight")
-    whole = re.compile(rf".*\.({'|'.join(backbone.connector)})\.modules_to_save\.default\.\w+")
+    lora = re.compile(rf"base_model\.model\.(?:{backbone.lora_targets})\.lora_\w+\.default\.weight")
+    whole = re.compile(rf".*\.({'|'.join(backbone.connector)})\.modules_to_save\.default\.[\w.]+")
     names = list(trainable_parameters(model))
     kinds = {"LoRA": lora} | ({"the connector": whole} if backbone.connector else {})
     stray = [name for name in names if not any(kind.fullmatch(name) for kind in kinds.values())]

@@ -62,13 +62,17 @@ class Backbone(ABC):
     @property
     def digest(self) -> str:
         """What tells backbones apart that make other tokens of a record."""
-        content = f"{self.vocabulary.digest} {self.config.to_json_string()}"
+        pictures = getattr(self.processor, "image_processor", None)
+        content = f"{self.vocabulary.digest} {self.config.to_json_string()} {pictures and pictures.to_json_string()}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     # --- pictures ---
 
     def picture_tokens(self, root: Path, names: Sequence[str]) -> np.ndarray:
-        """Return how many positions each of these pictures below `root` takes: int32 [len(names)]."""
+        """Return how many positions each of these pictures below `root` takes: int32 [len(names)].
+
+        A picture that cannot be opened counts 1 and raises nothing: the check of the records tells what is wrong.
+        """
         return np.zeros(len(names), np.int32)
 
     def picture(self, path: Path) -> dict[str, Tensor]:
@@ -90,8 +94,9 @@ class Backbone(ABC):
         raise ValueError("reuse_vision_features: this base model has no vision tower; leave it out")
 
     def vision_features(self, model: nn.Module, lists: Sequence[Sequence[Path]]) -> FeatureCache:
-        """Return what the vision part makes of lists of pictures, computed or read from the cache."""
-        raise NotImplementedError
+        """Return what the vision part makes of lists of pictures, computed or read from the cache. Raises as `vision`
+        does."""
+        return self.vision(model)
 
     def use_features(self, model: nn.Module, features: FeatureCache) -> None:
         """Have `picture` give features, and `model`, in place, take them."""

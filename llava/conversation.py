@@ -50,11 +50,15 @@ class Template:
         for question, answer in turns:
             text += f"{self.user}{self._placed(question)}{self.assistant}"
             begin = len(text)
+            if (word := self.placeholder) is not None and word in answer:
+                raise ValueError(f"an answer holds {word}, this base model's word for a picture; take it out")
             text += f"{self.lead}{answer}{self.end}"
             answers.append((begin, len(text)))
         return text, answers
 
     def _placed(self, question: str) -> str:
+        if self.placeholder not in (None, IMAGE) and self.placeholder in question:
+            raise ValueError(f"it holds {self.placeholder}, this base model's word for a picture; take it out")
         if IMAGE not in question:
             return question
         if self.placeholder is None:
@@ -173,7 +177,7 @@ class Vocabulary:
     def _misspelled(self, turns: Turns, answers: list[tuple[int, int]], ids: list[int]) -> ValueError | None:
         for (_, answer), (begin, end) in zip(turns, answers, strict=True):
             spelled = self._spell(tuple(ids[begin:end]))
-            if spelled.strip() != f"{answer}{self.template.end}".strip():
+            if self.template.end in answer or spelled.strip() != f"{answer}{self.template.end}".strip():
                 return ValueError(
                     f"the tokens of the answer {shown(answer)} spell {shown(spelled)}; the tokenizer cannot express it"
                 )

@@ -99,13 +99,15 @@ class InstructionDataset(Dataset):
 
     def digest(self) -> str:
         """SHA-256 of what is trained on: the records' tokens, pictures' names and lengths in words, in their order."""
-        found = hashlib.sha256(repr([part.max_length for part in self._parts]).encode())
+        counts = np.unique(np.concatenate([part.pictures for part in self._parts]))
+        alike = int(counts[0]) if len(counts) == 1 else None  # of one number of positions nothing else is told
+        found = hashlib.sha256(repr((alike, [part.max_length for part in self._parts])).encode())
         for array in (self._part, self._row):
             found.update(array.tobytes())
         for columns, _, _, pictures in self._parts:
             names = columns.names
-            for array in (columns.ids, columns.ends, columns.supervised, columns.words, columns.picture, names.content,
-                          names.ends, pictures):  # fmt: skip
+            own = [columns.ids, columns.ends, columns.supervised, columns.words, columns.picture]
+            for array in (*own, names.content, names.ends, *([pictures] if alike is None else [])):
                 found.update(np.ascontiguousarray(array))
         return found.hexdigest()
 

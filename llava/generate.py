@@ -30,7 +30,10 @@ def encode_questions(backbone: Backbone, prompts: Sequence[str], images: Sequenc
     counts = iter(backbone.picture_tokens(Path(), [str(image) for image in images if image]).tolist())
     found = []
     for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        ids = encode_prompt(backbone.vocabulary, prompt, 1)
+        try:
+            ids = encode_prompt(backbone.vocabulary, prompt, 1)
+        except ValueError as error:
+            raise ValueError(f"question {number} ({prompt!r}): {error}") from error
         if (backbone.placeholder in ids) != (image is not None):
             raise ValueError(f"question {number} ({prompt!r}) and its picture {image} do not go together")
         found.append(ids if image is None else repeated(ids, backbone.placeholder, next(counts)))

@@ -1,8 +1,8 @@
 """What questions about one picture share (system prompt, picture, first words), run through the model once for all.
 
-Where such a prefix ends, what of it has to be kept and where the next token stands is the backbone's matter; here it is
-LLaVA's: every picture takes the same number of tokens, so the prefixes of several pictures are rows of one cache
-without padding, and all that is kept lies in the cache. The caches are transformers' own.
+Prefixes of equal tokens are rows of one cache without padding; pictures that take other numbers of tokens come apart by
+that. All that is kept lies in the cache, and the next token stands behind the last one: a family whose pictures move
+the positions behind them (several axes of rotary positions) needs more than this. The caches are transformers' own.
 """
 
 import copy

@@ -122,6 +122,8 @@ def longest(recipe, base: Path) -> int:
         InstructionDataset(records.prepared.columns, backbone, limit, rows=records.rows)
         for records in load_stream(recipe).values()
     ]
+    if cut := [problem.text for dataset in own for problem in dataset.dropped]:
+        raise SystemExit(f"dryrun_7b: {len(cut)} records are too long, the first: {cut[0]}")
     return max(dataset.length(number) for dataset in own for number in range(len(dataset)))
 
 

@@ -16,6 +16,7 @@ from data.mini import corpus
 from data.mini.world import draw
 from eval.tasks.grounding import intersection_over_union
 from llava.backbones import load_base
+from llava.features import FeatureCache
 from llava.generate import generate_answers
 from llava.greedy import Decoder
 
@@ -95,8 +96,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = questions(args.per_skill, Path(folder), args.seed)
         flat = [case for rows in cases.values() for case in rows]
-        features = backbone.vision_features(model, [[path for *_, path in flat if path]])
-        backbone.use_features(model, features)
+        paths = [path for *_, path in flat if path]
+        backbone.use_features(model, FeatureCache(paths, backbone.tower_states(model, paths)))
         texts = [text for text, *_ in flat]
         answers = iter(generate_answers(Decoder(model, backbone, 40), texts, [p for *_, p in flat], 64))
     scores = {}

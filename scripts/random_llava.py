@@ -80,8 +80,10 @@ def random_model(config: LlavaConfig, dtype: torch.dtype, device: torch.device) 
 
 
 def configuration(base: Path, layers: int | None = None) -> LlavaConfig:
-    """That of a base, with fewer layers of the language model if `layers` says so."""
+    """That of a base, with the shipped base's placeholder, and with fewer layers of the language model if `layers` says
+    so."""
     config = LlavaConfig.from_pretrained(base)
+    config.image_token_index = LlavaConfig.from_pretrained(TINY).image_token_id
     if layers:
         config.text_config.num_hidden_layers = layers
     return config
@@ -163,11 +165,10 @@ def train(context: Context, model, recipe: Recipe, records: Records, steps: int,
 
 
 def backbone_of(config: LlavaConfig) -> Llava15:
-    """That of these sizes, with the shipped base's words."""
+    """That of a `configuration`, with the shipped base's words."""
     tiny, side = open_backbone(TINY), config.vision_config.image_size
     pictures = tiny.processor.image_processor
     pictures.size, pictures.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
-    config.image_token_index = tiny.placeholder
     return Llava15(config, tiny.processor)
 
 

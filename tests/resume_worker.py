@@ -88,7 +88,7 @@ def train(case: str, model, datasets, folder: Path, zero: str | None, stop: int 
         deepspeed=zero,
         seed=300,
     )
-    trainer = LlavaTrainer(copy.deepcopy(model), arguments, dataset, 0, None, "local", method)
+    trainer = LlavaTrainer(copy.deepcopy(model), arguments, dataset, None, "local", method)
     callback = MethodCallback(method, True, 10, None, "clipped")
     callback.attach(trainer)
     trainer.add_callback(Checkpoints(callback, folder, checkpoint))

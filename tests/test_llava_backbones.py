@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from data.columns import training_columns
 from data.records import Sample
 from llava.adapters import attach_lora, trainable_parameters
 from llava.backbones import FAMILIES, load_base, open_backbone
+from llava.backbones.llava15 import VICUNA, Llava15
 from llava.check import reader_of
 from llava.dataset import Collator, InstructionDataset
 from llava.generate import generate_answers
@@ -173,6 +175,10 @@ def test_what_a_family_cannot_do_is_refused_by_name(llama, family, tmp_path):
     model, backbone = load_base(llama)
     with pytest.raises(ValueError, match="no vision tower; leave it out"):
         backbone.vision(model)
+    with pytest.raises(ValueError, match="no vision tower; leave it out"):
+        backbone.vision_features(model, [[]])
+    with pytest.raises(ValueError, match=r"question 0 \('<image>\\nq'\): it shows a picture"):
+        generate_answers(Decoder(model, backbone, 6), ["<image>\nq"], [None])
     with pytest.raises(ValueError, match="takes no pictures"):
         backbone.picture(Path("a.png"))
     with pytest.raises(ValueError, match="do not go together"):
@@ -183,8 +189,29 @@ def test_what_a_family_cannot_do_is_refused_by_name(llama, family, tmp_path):
 
 def test_a_folder_of_no_family_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match=r"config\.json: model_type is 'bert'; the families here are of llava"):
+    with pytest.raises(ValueError, match=r"config\.json: model_type is 'bert'; take a base of .* of llava"):
         open_backbone(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": ["llava"]}))
+    with pytest.raises(ValueError, match=r"model_type is \['llava'\]"):
+        open_backbone(tmp_path)
+
+
+class Other(Llava15):
+    """LLaVA-1.5 with another word for a picture."""
+
+    template = replace(VICUNA, placeholder="<pad>")
+
+
+def test_words_of_a_template_in_a_record_are_refused_by_name(llama, family):
+    """The end of a turn inside an answer, and the family's own word for a picture: both are tokens."""
+    vocabulary = load_base(llama)[1].vocabulary
+    [found] = vocabulary.conversations([[("What?", "dog<|im_end|>cat")]])
+    assert isinstance(found, ValueError) and "cannot express" in str(found)
+    template = Other.template
+    for turns in ([("What is <pad>?", "dog")], [("What?", "a <pad>")]):
+        with pytest.raises(ValueError, match="holds <pad>, this base model's word for a picture; take it out"):
+            template.layout(turns)
+    assert template.prompt("<image>\nWhat?").endswith("USER: <pad>\nWhat? ASSISTANT:")
 
 
 def test_no_family_is_named_outside_its_file():
@@ -192,6 +219,6 @@ def test_no_family_is_named_outside_its_file():
     say `<image>`, whatever the family's own word is."""
     for room in ("data", "llava", "llaca", "eval", "studies"):
         for path in (ROOT / room).rglob("*.py"):
-            if not {"backbones", "original"} & set(path.parts):
+            if not {"backbones", "original"} & set(path.relative_to(ROOT).parts):
                 words = FOREIGN if room == "data" else f"{FOREIGN}|<image>|image_token"
                 assert not re.findall(words, path.read_text()), path

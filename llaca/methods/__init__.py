@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from llaca.methods.agem import AGEM
-from llaca.methods.base import Method
+from llaca.methods.base import WHOLE_TENSORS, Method
 from llaca.methods.eproj import EProj
 from llaca.methods.ewc import EWC
 from llaca.methods.llaca import FixedEMA, LLaCA
@@ -46,6 +46,8 @@ def method_of(recipe: "Recipe") -> Method:
     if zero not in method.engines:
         works = f"{', '.join(method.engines)} (none: one process or DDP)"
         raise ValueError(f"method {name} does not work with --zero {zero}; it does with {works}")
+    if method.edits_gradients and zero not in WHOLE_TENSORS:
+        raise ValueError(f"method {name} changes gradients, which --zero {zero} never shows together: take --zero 2")
     clipping = [recipe.train.max_grad_norm, *(own.get("max_grad_norm", 0) for own in recipe.train.per_task.values())]
     if method.edits_gradients and any(clipping):
         raise ValueError(

@@ -32,10 +32,10 @@ def family_of(path: str | Path) -> type[Backbone]:
         raise ValueError(
             f"{path} has the original LLaVA layout; convert it with `python -m llava.checkpoint assemble --llm {path}`"
         )
-    if content.get("model_type") not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise ValueError(f"{file}: model_type is {content.get('model_type')!r}; the families here are of {known}")
-    return FAMILIES[content["model_type"]]
+    kind, known = content.get("model_type"), ", ".join(sorted(FAMILIES))
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"{file}: model_type is {kind!r}; take a base of one of the families here, of {known}")
+    return FAMILIES[kind]
 
 
 def open_backbone(path: str | Path) -> Backbone:
