@@ -43,9 +43,12 @@ def test_a_rank_holds_while_loading_what_is_planned(tiny_base, base, tiny_data, 
     would not be counted."""
     whole = sum(p.nbytes for p in load_base(base, torch.bfloat16, device="meta")[0].parameters())
     planned = sum(loading(load_recipe([*LINE, "--base", str(base)]), 2)[engine])
-    for rank in loaded(tiny_base, base, tiny_data, tmp_path, zero):
+    ranks = loaded(tiny_base, base, tiny_data, tmp_path, zero)
+    for rank in ranks:
         assert rank["frozen"] == pytest.approx(whole if zero == "none" else whole / 2, rel=0.01)
-        assert planned == pytest.approx(rank["peak"], rel=0.12), rank
+        assert rank["peak"] < 1.12 * planned, rank
+    # A thread looks at the memory now and then, and may miss a peak beside other work.
+    assert planned == pytest.approx(max(rank["peak"] for rank in ranks), rel=0.12), ranks
     features = torch.load(tmp_path / f"{zero}.json.features")
     model, backbone = load_base(tiny_base, attn_implementation="eager")  # as the recipe has it
     wanted = dict(zip(features, backbone.tower_states(model, list(map(Path, features))), strict=True))
