@@ -5,4 +5,4 @@ echo "Style, then about 1,700 tests on the CPU: 25 minutes on two cores, far few
 ruff check .
 ruff format --check .
 lint-imports --no-logo --no-cache
-exec python -m pytest -n "${PYTEST_WORKERS:-2}" --dist loadgroup "$@"
+exec python -m pytest -n "${PYTEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -118,9 +119,9 @@ def differences(whole: tuple, first: tuple, second: tuple) -> list[str]:
 
 
 def main() -> None:
-    base, data, out, zero, *cases = sys.argv[1:]
-    zero = None if zero == "none" else zero
-    ranks.start("2" if zero else "none")
+    base, data, out, engines, *cases = sys.argv[1:]
+    engines = [None if zero == "none" else zero for zero in engines.split(",")]
+    ranks.start("2" if engines[0] else "none")
     torch.manual_seed(0)
     model, backbone = load_base(base)
     model = attach_lora(model, Llava15, 4, 8, 0.1)  # dropout: every rank's generator has to go on, too
@@ -128,12 +129,12 @@ def main() -> None:
     others = [replace(s, turns=tuple((question, "The bird.") for question, _ in s.turns)) for s in samples]
     datasets = [InstructionDataset.of_samples(each, backbone, 512) for each in (samples, others)]
     told = {}
-    for case in cases:
-        folder = Path(out).parent / case
+    for zero, case in product(engines, cases):
+        folder = Path(out).parent / f"{Path(zero or 'none').stem}-{case}"
         whole = train(case, model, datasets, folder / "whole", zero)
         for stop in sorted({max(1, step // ranks.count()) for step in CASES[case][3]}):
             parts = [train(case, model, datasets, folder / str(stop), zero, n) for n in (stop, 0)]
-            told[f"{case} {stop}"] = differences(whole, *parts)
+            told[f"{folder.name} {stop}"] = differences(whole, *parts)
             if ranks.first():
                 shutil.rmtree(folder / str(stop))
     everyone = [told]

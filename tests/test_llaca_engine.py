@@ -18,7 +18,6 @@ from llaca.engines.deepspeed import DeepSpeed
 from llaca.engines.shards import Layout, TensorSlice
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("engines")  # its fixtures are made once
 
 
 @pytest.mark.slow

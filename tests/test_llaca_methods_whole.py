@@ -66,7 +66,6 @@ def test_broken_off_inside_the_second_stage_and_started_again_gives_the_same_byt
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-TOGETHER = pytest.mark.xdist_group("methods")  # their fixtures are made once
 HALF = ("agem.bf16", "pgp.bf16", "ewc.bf16")
 COMPUTED = ("agem", "cofima", "coma", "ewc", "lwf", "model_tailor", "moelora", "pgp", "replay")
 
@@ -99,7 +98,6 @@ def together(tiny_base, tiny_data, tmp_path_factory):
     return told
 
 
-@TOGETHER
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["none", "1", "2"])
 def test_two_processes_train_as_one(alone, together, zero):
@@ -129,7 +127,6 @@ def test_in_bfloat16_alone(tiny_base, tiny_data, tmp_path):
     assert told["agem.bf16"]["report"]["projected_share"] > 0
 
 
-@TOGETHER
 @pytest.mark.slow
 def test_in_bfloat16_the_model_shows_what_methods_write_into_float32_masters(together):
     """Under ZeRO 2, where the gradients of later parameter groups are joined and cast only when their turn comes."""
