@@ -95,11 +95,10 @@ def main() -> None:
     model, backbone = load_base(args.base)
     with tempfile.TemporaryDirectory() as folder:
         cases = questions(args.per_skill, Path(folder), args.seed)
-        flat = [case for rows in cases.values() for case in rows]
-        paths = [path for *_, path in flat if path]
+        texts, _, images = zip(*(case for rows in cases.values() for case in rows), strict=True)
+        paths = [path for path in images if path]
         backbone.use_features(model, FeatureCache(paths, backbone.tower_states(model, paths)))
-        texts = [text for text, *_ in flat]
-        answers = iter(generate_answers(Decoder(model, backbone, 40), texts, [p for *_, p in flat], 64))
+        answers = iter(generate_answers(Decoder(model, backbone, 40), texts, images, 64))
     scores = {}
     for skill, rows in cases.items():
         given = [next(answers) for _ in rows]
