@@ -104,7 +104,9 @@ def test_what_is_asked_at_7b_fits_its_sizes(tmp_path):
     assert size.dtype == torch.bfloat16 and size.batch == 16
     context = Context(torch.device("cpu"), "7b", size, tmp_path)
     config = configuration(size.base, 4)
+    placeholder = config.image_token_id  # of a model that is made before anything is asked, too
     backbone, questions, paths = asked(context, config)
+    assert placeholder == backbone.placeholder == config.image_token_id
     assert len(questions) == len(paths) == 4 * size.pictures
     pixels = backbone.picture(paths[0])["pixel_values"]
     ids = encode_questions(backbone, questions[:1], paths[:1])[0]
