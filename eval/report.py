@@ -147,19 +147,11 @@ def by_method(runs: list[EvaluatedRun]) -> dict[str, list[EvaluatedRun]]:
     return methods
 
 
-def comparable(run: EvaluatedRun) -> tuple:
-    """Runs with the same key stand in one table; the learning rates may be a method's own."""
-    train = replace(run.recipe.train, learning_rate=0, projector_learning_rate=0)
-    return tuple(map(str, (run.recipe.stream, run.recipe.model, train, run.split)))
-
-
-def differing_fields(runs: list[EvaluatedRun]) -> list[str]:
-    """The fields of a recipe by which these runs are not `comparable`."""
-    if len(runs) < 2:
-        return []
-    sections = [asdict(run.recipe.stream) | asdict(run.recipe.model) | asdict(run.recipe.train) for run in runs]
-    rates = ("learning_rate", "projector_learning_rate")
-    return [name for name in sections[0] if name not in rates and len({str(one[name]) for one in sections}) > 1]
+def comparable(run: EvaluatedRun) -> tuple[tuple[str, str], ...]:
+    """(field, value) of what runs of one table have in common; the learning rates may be a method's own."""
+    recipe, rates = run.recipe, ("learning_rate", "projector_learning_rate")
+    told = asdict(recipe.stream) | asdict(recipe.model) | asdict(recipe.train) | {"split": run.split}
+    return tuple((name, str(value)) for name, value in told.items() if name not in rates)
 
 
 def summary(runs: list[EvaluatedRun], metrics: dict[str, dict], out: Path, paper: bool = False) -> str:
@@ -299,16 +291,14 @@ def report(options: argparse.Namespace) -> None:
             tables[comparable(run)].append(run)
     usual = "tables" if options.scoring == "official" else f"tables-{options.scoring}"
     out = options.out or options.runs_dir / usual
-    apart = differing_fields([members[0] for members in tables.values()])
     for key, members in tables.items():
-        recipe, name = members[0].recipe, hashlib.sha256(repr(key).encode()).hexdigest()[:6]
-        stream, flat = recipe.stream, recipe.flat()
+        stream, name = members[0].recipe.stream, hashlib.sha256(repr(key).encode()).hexdigest()[:6]
         where = out if len(tables) == 1 else out / f"{Path(stream.data_root).name}-{name}"
         print(f"\n{stream.data_root}, {stream.order} order, {stream.instructions} instructions, {options.split} split")
-        if apart:
-            print(
-                "Runs that differ in these stand in tables of their own: " + ", ".join(f"{f} {flat[f]}" for f in apart)
-            )
+        if apart := [
+            f"{field} {value}" for field, value in key if any((field, value) not in other for other in tables)
+        ]:
+            print(f"Runs that differ in these stand in tables of their own: {', '.join(apart)}")
         print(summary(members, metrics, where, options.paper))
         print(f"Tables (txt, md, csv, tex) and figures: {where}")
 

@@ -22,6 +22,8 @@ from transformers.utils import ModelOutput
 from llava.conversation import IGNORE, Template, Vocabulary
 from llava.features import FeatureCache
 
+NO_REUSE = "reuse_vision_features: this base model cannot; leave it out"
+
 
 class Backbone(ABC):
     """One base model without its weights: configuration, tokenizer, and what becomes of pictures.
@@ -90,17 +92,17 @@ class Backbone(ABC):
         yield
 
     def vision(self, model: nn.Module) -> nn.Module:
-        """Return the frozen part of the model that sees. Raises ValueError where there is none."""
-        raise ValueError("reuse_vision_features: this base model has no vision tower; leave it out")
+        """Return the frozen part of the model that sees. This and the next two: raise ValueError where features of
+        pictures cannot be reused."""
+        raise ValueError(NO_REUSE)
 
     def vision_features(self, model: nn.Module, lists: Sequence[Sequence[Path]]) -> FeatureCache:
-        """Return what the vision part makes of lists of pictures, computed or read from the cache. Raises as `vision`
-        does."""
-        return self.vision(model)
+        """Return what the vision part makes of lists of pictures, computed or read from the cache."""
+        raise ValueError(NO_REUSE)
 
     def use_features(self, model: nn.Module, features: FeatureCache) -> None:
         """Have `picture` give features, and `model`, in place, take them."""
-        raise NotImplementedError
+        raise ValueError(NO_REUSE)
 
     def connect(self, model: nn.Module, records: int, dtype: torch.dtype) -> None:
         """Run the connector of a `model` on the meta device on so many pictures, for llaca.plan; here there is none."""

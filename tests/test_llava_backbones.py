@@ -26,6 +26,7 @@ from llava.backbones import FAMILIES, load_base, open_backbone
 from llava.backbones.llava15 import VICUNA, Llava15
 from llava.check import reader_of
 from llava.dataset import Collator, InstructionDataset
+from llava.features import FeatureCache
 from llava.generate import generate_answers
 from llava.greedy import Decoder
 
@@ -173,9 +174,10 @@ def test_what_a_family_cannot_do_is_refused_by_name(llama, family, tmp_path):
     report = check(benchmark, "original", reader=reader)
     assert not report.ok and report.text().count("it shows a picture, and this base model takes none") == 2
     model, backbone = load_base(llama)
-    with pytest.raises(ValueError, match="no vision tower; leave it out"):
-        backbone.vision(model)
-    with pytest.raises(ValueError, match="no vision tower; leave it out"):
+    for reuse in (backbone.vision, lambda m: backbone.use_features(m, FeatureCache([], torch.empty(0)))):
+        with pytest.raises(ValueError, match=r"reuse_vision_features: .* cannot; leave it out"):
+            reuse(model)
+    with pytest.raises(ValueError, match="cannot; leave it out"):
         backbone.vision_features(model, [[]])
     with pytest.raises(ValueError, match=r"question 0 \('<image>\\nq'\): it shows a picture"):
         generate_answers(Decoder(model, backbone, 6), ["<image>\nq"], [None])
