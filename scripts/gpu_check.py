@@ -17,15 +17,17 @@ is no GPU to check.
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import groupby
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -46,38 +48,45 @@ CPU_PATIENCE = 6  # times as long: DeepSpeed compiles there, perhaps beside othe
 LINES = 15  # of a failure that are kept
 
 
-def end(process: subprocess.Popen) -> None:
+def end(process: BaseProcess) -> None:
     """Ends a part that has run out of time: kindly first, since one that compiles holds a lock that others wait for."""
     for number, patience in ((signal.SIGINT, 10), (signal.SIGKILL, None)):
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=patience)
+        if process.exitcode is None:
+            with suppress(ProcessLookupError):  # before it is a group of its own, or when it has just ended
+                os.killpg(process.pid, number)
+            process.join(patience)
+
+
+def starter(device: str) -> BaseContext:
+    """What starts the parts' processes: anew for a GPU, since CUDA does not follow a fork, and on a CPU from a process
+    that has the libraries loaded."""
+    if device == "cuda":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["scripts.gpu_parts", "llaca.train", "llava.trainer", "peft"])
+    return context
+
+
+def perform(*given) -> None:
+    """In the part's own process: all that it needs is imported there."""
+    from scripts import gpu_parts
+
+    gpu_parts.perform(*given)
 
 
 def run_part(name: str, options: argparse.Namespace, work: Path, seconds: float) -> dict:
     """What one part's process found, or how it failed."""
     out, log, start = work / f"{name}.json", work / f"{name}.log", time.monotonic()
-    line = [sys.executable, "-m", "scripts.gpu_parts", name, "--device", options.device, "--size", options.size]
-    # one GPU alone: several would share the batches
-    gpu = "" if options.device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": gpu}
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [*line, "--work", str(work)],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            status, error = process.wait(timeout=seconds), None
-        except subprocess.TimeoutExpired:
-            status, error = None, f"no end after {seconds:.0f} s"
-        finally:
-            end(process)
+    log.touch()
+    process = starter(options.device).Process(target=perform, args=(name, options.device, options.size, work, log))
+    process.start()
+    try:
+        process.join(seconds)
+        status, error = process.exitcode, None
+        if status is None:
+            error = f"no end after {seconds:.0f} s"
+    finally:
+        end(process)
     told = {"status": "failed", "seconds": round(time.monotonic() - start, 1), "found": None, "checks": []}
     if status == 0:
         return {**told, **json.loads(out.read_text()), "status": "ok", "error": None}
@@ -87,6 +96,10 @@ def run_part(name: str, options: argparse.Namespace, work: Path, seconds: float)
 
 def run_all(options: argparse.Namespace, work: Path) -> dict[str, dict]:
     """Every part that fits into the time, in order; the engines, which are small, side by side."""
+    # One GPU alone: several would share the batches.
+    gpu = "" if options.device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ |= {"TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": gpu}
+    os.chdir(ROOT)
     deadline, found = time.monotonic() + 60 * options.minutes, {}
     chosen = [name for name in PARTS if not options.parts or name in options.parts]
 

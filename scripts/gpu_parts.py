@@ -1,6 +1,4 @@
-"""The parts of scripts/gpu_check.py, each in a process of its own:
-
-    python -m scripts.gpu_parts PART --device cuda|cpu --size 7b|tiny --work DIR
+"""The parts of scripts/gpu_check.py, each in a process of its own.
 
 Models have random weights, made where they are used; records are random tokens around random pictures.
 
@@ -15,13 +13,13 @@ nf4          a base quantised by bitsandbytes: how far its logits are off, step 
 attention    sdpa and flash attention against eager: logits and time
 """
 
-import argparse
 import gc
 import json
 import os
 import resource
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -329,24 +327,19 @@ WORK = {"machine": machine, "step": step, "step-plain": step_plain, "average": a
         "answers": answers, "nf4": nf4, "attention": attention}  # fmt: skip
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part")
-    parser.add_argument("--device", required=True)
-    parser.add_argument("--size", choices=list(SIZES), required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    options = parser.parse_args()
-    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
-    context = Context(device, options.size, SIZES[options.size], options.work)
-    kind, _, name = options.part.partition("engine-")
-    part = engine(context, name) if name else WORK[kind](context)
+def perform(part: str, device: str, size: str, work: Path, log: Path) -> None:
+    """Run one part in this process, as a session of its own; `work` gets PART.json, `log` all that is printed."""
+    os.setsid()
+    with log.open("ab", buffering=0) as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+    where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+    context = Context(where, size, SIZES[size], work)
+    kind, _, name = part.partition("engine-")
+    found = engine(context, name) if name else WORK[kind](context)
     checks = [
         {"name": name, "value": value, "limit": limit, "ok": value <= limit}
-        for name, (value, limit) in part.checks.items()
+        for name, (value, limit) in found.checks.items()
     ]
-    (options.work / f"{options.part}.json").write_text(json.dumps({"found": part.found, "checks": checks}))
-
-
-if __name__ == "__main__":
-    main()
+    (work / f"{part}.json").write_text(json.dumps({"found": found.found, "checks": checks}))

@@ -1,9 +1,9 @@
 """What tests/test_llaca_methods_whole.py runs in several processes: methods train some steps, with a memory.
 
-torchrun ... tests/method_worker.py BASE DATA OUT none|DEEPSPEED.json METHOD[.bf16] ...
+torchrun ... tests/method_worker.py BASE DATA OUT ENGINE:METHOD[.bf16] ...
 
-OUT.METHOD.pt gets the trained weights, those that the method hands on, what it reports and, for PGP, X X^T of every
-layer's inputs.
+ENGINE is none, for all methods or for no method, or N of scripts/zeroN.json. OUT.ENGINE.METHOD.pt gets the trained
+weights, those that the method hands on, what it reports and, for PGP, X X^T of every layer's inputs.
 """
 
 import sys
@@ -99,14 +99,14 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None, hal
 
 
 def main() -> None:
-    base, data, out, zero, *names = sys.argv[1:]
-    ranks.start("none" if zero == "none" else "2")
-    for name in names:
+    base, data, out, *given = sys.argv[1:]
+    ranks.start("none" if given[0].startswith("none:") else "2")
+    for engine, name in (one.split(":") for one in given):
         method, _, half = name.partition(".")
-        folder, config = Path(out).parent, None if zero == "none" else zero
+        folder, config = Path(out).parent / engine, None if engine == "none" else f"scripts/zero{engine}.json"
         told = train(method, Path(base), Path(data), folder, config, half == "bf16")
         if ranks.first():
-            torch.save(told, f"{out}.{name}.pt")
+            torch.save(told, f"{out}.{engine}.{name}.pt")
 
 
 if __name__ == "__main__":

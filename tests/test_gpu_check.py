@@ -66,16 +66,16 @@ def test_without_a_gpu_it_says_so_and_ends_with_2():
 
 def test_what_does_not_fit_into_the_time_is_skipped_and_a_failure_loses_no_other_part(tmp_path, monkeypatch, capsys):
     """`agreement` fails, since no engine has run; what it said is kept."""
-    options = Namespace(device="cpu", size="tiny", minutes=5.0, parts=["agreement", "answers", "attention"])
+    options = Namespace(device="cpu", size="tiny", minutes=5.0, parts=["step", "agreement", "answers"])
     monkeypatch.setitem(gpu_check.PARTS, "answers", (400, 500))
-    monkeypatch.setitem(gpu_check.PARTS, "attention", (0, 0.2))
+    monkeypatch.setitem(gpu_check.PARTS, "step", (0, 0.2))
     found = gpu_check.run_all(options, tmp_path)
     assert list(found) == options.parts and all(set(part) == KEYS for part in found.values())
     assert found["agreement"]["status"] == "failed"
     assert found["agreement"]["error"].startswith("exit status 1\n")
     assert "no engine has handed on anything to compare" in found["agreement"]["error"]
     assert found["answers"]["status"] == "skipped" and "of 5 minutes were left" in found["answers"]["error"]
-    assert found["attention"]["status"] == "failed" and found["attention"]["error"].startswith("no end after 1 s")
+    assert found["step"]["status"] == "failed" and found["step"]["error"].startswith("no end after 1 s")
     assert "answers           skipped" in capsys.readouterr().out
 
 

@@ -70,32 +70,35 @@ HALF = ("agem.bf16", "pgp.bf16", "ewc.bf16")
 COMPUTED = ("agem", "cofima", "coma", "ewc", "lwf", "model_tailor", "moelora", "pgp", "replay")
 
 
-def work(base: Path, data: Path, out: Path, launch: list[str], zero: str, names=COMPUTED) -> dict[str, dict]:
-    """What tests/method_worker.py tells of the methods."""
-    config = "none" if zero == "none" else f"scripts/zero{zero}.json"
-    line = [*launch, "tests/method_worker.py", str(base), str(data), str(out), config, *names]
+def work(base: Path, data: Path, out: Path, launch: list[str], methods: dict[str, tuple[str, ...]]) -> dict:
+    """What tests/method_worker.py tells of the methods of each engine, in one start: engine -> method -> tensors."""
+    asked = [f"{engine}:{name}" for engine, names in methods.items() for name in names]
+    line = [*launch, "tests/method_worker.py", str(base), str(data), str(out), *asked]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    return {name: torch.load(f"{out}.{name}.pt") for name in names}
+    return {
+        engine: {name: torch.load(f"{out}.{engine}.{name}.pt") for name in names} for engine, names in methods.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def alone(tiny_base, tiny_data, tmp_path_factory):
     """One process that makes the two processes' micro-batches one after the other."""
-    return work(tiny_base, tiny_data, tmp_path_factory.mktemp("alone") / "told", [sys.executable], "none")
+    out = tmp_path_factory.mktemp("alone") / "told"
+    return work(tiny_base, tiny_data, out, [sys.executable], {"none": COMPUTED})["none"]
 
 
 @pytest.fixture(scope="module")
 def together(tiny_base, tiny_data, tmp_path_factory):
-    """What two processes tell under an engine."""
+    """What two processes tell under an engine: one start for DDP, one for all of DeepSpeed."""
 
     @cache
-    def told(zero: str) -> dict:
-        names = (*COMPUTED, *(HALF if zero == "2" else ()))
-        return work(tiny_base, tiny_data, tmp_path_factory.mktemp("together") / "told", TORCHRUN, zero, names)
+    def start(deepspeed: bool) -> dict:
+        methods = {"1": COMPUTED, "2": (*COMPUTED, *HALF)} if deepspeed else {"none": COMPUTED}
+        return work(tiny_base, tiny_data, tmp_path_factory.mktemp("together") / "told", TORCHRUN, methods)
 
-    return told
+    return lambda zero: start(zero != "none")[zero]
 
 
 @pytest.mark.slow
@@ -120,7 +123,7 @@ def test_two_processes_train_as_one(alone, together, zero):
 def test_in_bfloat16_alone(tiny_base, tiny_data, tmp_path):
     """As at 7B under DDP: what methods compute besides the trainer's own passes, they compute in bfloat16, too."""
     names = [f"{name}.bf16" for name in ("agem", "cofima", "ewc", "lwf", "model_tailor", "pgp")]
-    told = work(tiny_base, tiny_data, tmp_path / "told", [sys.executable], "none", names)
+    told = work(tiny_base, tiny_data, tmp_path / "told", [sys.executable], {"none": names})["none"]
     for name, one in told.items():
         assert one["moved"] > 0 and all(w.isfinite().all() for w in one["weights"].values()), name
         assert all(w.dtype == torch.float32 for w in one["weights"].values()), name
