@@ -20,6 +20,15 @@ def load_image(path: str | Path) -> Image.Image:
         return _rgb(image)
 
 
+def size_of(path: str | Path) -> tuple[int, int]:
+    """Return the width and height of the picture at `path`, from its header. Raises OSError as `load_image` does.
+
+    Like its pixels they are those of the file: nothing is turned by an EXIF orientation.
+    """
+    with _opened(path) as image:
+        return image.size
+
+
 def verify_image(path: str | Path) -> None:
     """Check that `path` is a picture whose pixels can be decoded. Raises OSError naming the file if it is not.
 

@@ -294,15 +294,20 @@ def _stamp(root: Path, name: str) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
+def picture_note(root: Path) -> Path:
+    """Where the pictures below an image root are noted that were looked at."""
+    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
+    return cache_folder() / "pictures" / f"{name}.json"
+
+
 class _Note:
     """The pictures below an image root that were whole when they were looked at: their stamps by name, read when they
     are asked for, and `looked`, digests of sets of names that were whole together."""
 
     def __init__(self, root: Path):
-        name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
-        folder = cache_folder() / "pictures"
         self.root, self.stamps, self._changed = root, None, False
-        self._file, self._sets = folder / f"{name}.json", folder / f"{name}.sets.json"
+        self._file = picture_note(root)
+        self._sets = self._file.with_suffix(".sets.json")
         self.looked = set(_read(self._sets, list))
         self._before = set(self.looked)
 

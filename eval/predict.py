@@ -149,7 +149,9 @@ class Answerer:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, config.dtype)
         self.key = self.key_of(run)
-        self.base, self.backbone = load_base(config.base, dtype, config.attention, config.quantization, device)
+        self.base, self.backbone = load_base(
+            config.base, dtype, config.attention, config.quantization, device, config.options
+        )
         if config.reuse_vision_features:
             lists = [asked.pictures for asked in run.questions.values()]
             self.backbone.use_features(self.base, self.backbone.vision_features(self.base, lists))

@@ -14,6 +14,7 @@ from data.records import DataError
 from eval.tasks import task_of
 from llaca.config import Recipe
 from llaca.stream import ordered
+from llava.backbone import BaseOptions
 from llava.backbones import open_backbone
 from llava.conversation import repeated
 
@@ -79,7 +80,8 @@ def run_questions(recipe: Recipe, split: str) -> Mapping[str, Questions]:
     tasks = tuple(ordered(stream.tasks, stream.order))
     files = [task_of(root, task).question_file(root, stream.instructions, split) for task in tasks]
     changed = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
-    wanted = Wanted(root, tasks, tuple(files), recipe.model.base, stream.unchecked, stream.max_test_samples)
+    model, limit = recipe.model, stream.max_test_samples
+    wanted = Wanted(root, tasks, tuple(files), model.base, model.options, stream.unchecked, limit)
     return _questions(wanted, changed)
 
 
@@ -90,13 +92,15 @@ class Wanted(NamedTuple):
     tasks: tuple[str, ...]
     files: tuple[Path, ...]
     base: str
+    options: BaseOptions
     unchecked: bool
     limit: int
 
 
 @lru_cache
 def _questions(wanted: Wanted, _changed: tuple) -> dict[str, Questions]:
-    benchmark, backbone, tasks = open_benchmark(wanted.data_root), open_backbone(wanted.base), wanted.tasks
+    benchmark, tasks = open_benchmark(wanted.data_root), wanted.tasks
+    backbone = open_backbone(wanted.base, wanted.options)
     places = [benchmark.task(task).instruction for task in tasks]
     sources = [RecordFile(file, "test", place) for file, place in zip(wanted.files, places, strict=True)]
     found, asked = open_records(sources, benchmark.image_root, backbone.vocabulary), {}

@@ -47,9 +47,9 @@ def load_adapted(
     dtype = getattr(torch, config.dtype)
     settings = (config.base, dtype, config.attention, config.quantization)
     if shards_weights(recipe.engine.zero):
-        load_base(*settings, "meta")  # raises on every rank what the loader of shards does not notice
+        load_base(*settings, "meta", config.options)  # raises on every rank what the loader of shards does not notice
     with sharded_loading(recipe.engine.zero, dtype):
-        model, backbone = load_base(*settings, device)
+        model, backbone = load_base(*settings, device, config.options)
     if config.legacy_projector_reset and not backbone.connector:
         raise ValueError("legacy_projector_reset: this base model has no projector; leave it out")
     if config.reuse_vision_features:

@@ -147,7 +147,7 @@ def prepare_data(recipe: Recipe) -> None:
     if not Path(stream.data_root).is_dir():
         raise FileNotFoundError(f"{stream.data_root} is no folder: correct data_root, or lay the benchmark there")
     lengths = {task: recipe.for_stage((task,)).max_length for task in stream.tasks}
-    reader = reader_of(recipe.model.base, lengths, recipe.method.grouping)
+    reader = reader_of(recipe.model.base, lengths, recipe.method.grouping, recipe.model.options)
     report = check_benchmark(stream.data_root, stream.instructions, stream.tasks, stream.unchecked, reader)
     print(f"{report.records:,} records checked" if report.ok else report.text(), flush=True)
 

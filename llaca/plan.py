@@ -94,7 +94,7 @@ def blank_of(recipe: Recipe) -> Blank:
     Raises FileNotFoundError without it, ValueError for what the method cannot follow.
     """
     method = method_of(recipe)
-    model, backbone = blank_model(recipe.model.base, getattr(torch, recipe.model.dtype))
+    model, backbone = blank_model(recipe.model.base, getattr(torch, recipe.model.dtype), recipe.model.options)
     with torch.device("meta"):
         return Blank(method.attach(model, backbone, recipe.model), backbone)
 
@@ -132,13 +132,13 @@ def activation_bytes(recipe: Recipe, blank: Blank, records: int, tokens: int) ->
     text, dtype = backbone.language(model), getattr(torch, recipe.model.dtype)
     hidden = torch.empty(records, tokens, text.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
     positions = torch.arange(tokens, device="meta")[None]
-    rotary = text.rotary_emb(hidden, positions)
+    rotary = backbone.rotary(model, hidden, positions)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     model.train()
     with saved_tensors(weights) as of_layer:
         text.layers[0](hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
     with saved_tensors(weights) as of_connector:
-        backbone.connect(model, records, dtype)
+        backbone.connect(model, records, tokens, dtype)
     square = (tokens, tokens)  # attention weights: sdpa's kernels do not keep them, its fallback on meta does
     keeps_square = recipe.model.attention == "eager"
     layer = sum(t.nbytes for t in of_layer if keeps_square or t.shape[-2:] != square)

@@ -42,7 +42,7 @@ def load_stream(recipe: Recipe) -> dict[str, TaskRecords]:
     first process of every host, unless that has been done before; all map the same files.
     """
     stream, benchmark = recipe.stream, open_benchmark(recipe.stream.data_root)
-    vocabulary = open_backbone(recipe.model.base).vocabulary
+    vocabulary = open_backbone(recipe.model.base, recipe.model.options).vocabulary
     sources = {
         task: RecordFile(train_file(benchmark, stream.instructions, task), "train", benchmark.task(task).instruction)
         for task in ordered(stream.tasks, stream.order)

@@ -4,6 +4,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Literal
 
 from llaca.fields import setting
+from llava.backbone import BaseOptions
 
 
 @dataclass
@@ -14,6 +15,9 @@ class ModelConfig:
     lora_rank: int = setting(128, "rank r of LoRA on every linear of the language model", least=1)
     lora_alpha: int = setting(256, "LoRA scale is alpha / rank", least=1)
     lora_dropout: float = setting(0.05, "dropout before LoRA A", least=0, below=1)
+    train_connector: bool = setting(True, "train what lies between pictures and language, too (projector, merger)")
+    min_pixels: int = setting(0, "of a picture, at least, where it may have any size; 0: what the base says", least=0)
+    max_pixels: int = setting(0, "of a picture, at most, where it may have any size; 0: what the base says", least=0)
     attention: Literal["sdpa", "eager", "flash_attention_2"] = setting("sdpa", "attention implementation")
     dtype: Literal["float32", "bfloat16"] = setting("bfloat16", "of the frozen base; what is trained is float32")
     quantization: Literal["none", "8bit", "nf4", "nf4-double"] = setting(
@@ -26,6 +30,11 @@ class ModelConfig:
     legacy_projector_reset: bool = setting(
         False, "every stage but the first starts from a random projector, as in the released code"
     )
+
+    @property
+    def options(self) -> BaseOptions:
+        """What the backbone is told."""
+        return BaseOptions(self.min_pixels, self.max_pixels, self.train_connector)
 
 
 @dataclass

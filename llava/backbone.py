@@ -8,6 +8,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +26,19 @@ from llava.features import FeatureCache
 NO_REUSE = "reuse_vision_features: this base model cannot; leave it out"
 
 
+@dataclass(frozen=True)
+class BaseOptions:
+    """What a recipe says of a base model beyond its folder. min_pixels, max_pixels: of a picture when the model sees
+    it, where the family lets pictures differ in size; 0: what the folder says. train_connector: beside LoRA."""
+
+    min_pixels: int = 0
+    max_pixels: int = 0
+    train_connector: bool = True
+
+
+AS_IS = BaseOptions()
+
+
 class Backbone(ABC):
     """One base model without its weights: configuration, tokenizer, and what becomes of pictures.
 
@@ -40,16 +54,27 @@ class Backbone(ABC):
     connector: ClassVar[tuple[str, ...]] = ()
     unquantized: ClassVar[tuple[str, ...]] = ("lm_head",)
 
-    def __init__(self, config: PreTrainedConfig, processor: Any):
-        """`processor` is transformers': a processor with a tokenizer, or a tokenizer alone."""
+    def __init__(self, config: PreTrainedConfig, processor: Any, options: BaseOptions = AS_IS):
+        """`processor` is transformers': a processor with a tokenizer, or a tokenizer alone; None: only shapes are asked
+        for. Raises ValueError for options that the family does not have."""
         self.config, self.processor = config, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        if not options.train_connector:
+            self.connector = ()
+        self.bound_pixels(options.min_pixels, options.max_pixels)
 
     @classmethod
     @abstractmethod
     def read_processor(cls, path: Path, config: PreTrainedConfig) -> Any:
         """Return the processor of a folder. Raises FileNotFoundError or ValueError naming the file that is missing or
         broken, or unless it fits `config`."""
+
+    @classmethod
+    def merge(cls, base: Path, adapter: Path, out: Path, dtype: torch.dtype | None) -> None:
+        """Write `base` with `adapter` added to its weights, as `llava.merge.merge_folder` does."""
+        from llava.merge import merge_folder
+
+        merge_folder(base, adapter, out, dtype)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -70,12 +95,22 @@ class Backbone(ABC):
 
     # --- pictures ---
 
+    def bound_pixels(self, least: int, most: int) -> None:
+        """Have pictures take so many pixels at least and at most; 0: as it is. Raises ValueError where they cannot."""
+        if least or most:
+            raise ValueError("min_pixels, max_pixels: this base model's pictures have one size; leave them out")
+
     def picture_tokens(self, root: Path, names: Sequence[str]) -> np.ndarray:
         """Return how many positions each of these pictures below `root` takes: int32 [len(names)].
 
         A picture that cannot be opened counts 1 and raises nothing: the check of the records tells what is wrong.
         """
         return np.zeros(len(names), np.int32)
+
+    def picture_faults(self, root: Path, names: Sequence[str]) -> dict[int, str]:
+        """Return what is wrong with those of the pictures that can be opened and that the model cannot take, by their
+        place in `names`."""
+        return {}
 
     def picture(self, path: Path) -> dict[str, Tensor]:
         """Return what the model takes of one picture, by the names of its arguments. Raises OSError for a picture that
@@ -85,6 +120,15 @@ class Backbone(ABC):
     def stack(self, pictures: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return what the model takes of several pictures, of results of `picture`."""
         return {key: torch.stack([picture[key] for picture in pictures]) for key in pictures[0]}
+
+    def beside_ids(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return what the model takes beside token ids [rows, tokens] that show pictures, and beside the pictures."""
+        return {}
+
+    def positions_saved(self, pictures: Mapping[str, Tensor]) -> Tensor | int:
+        """Return by how many positions the text behind each of these pictures, results of `stack`, stands nearer than
+        their numbers of tokens say: int64 [pictures], or 0 for all."""
+        return 0
 
     @contextmanager
     def without_picture(self, model: nn.Module) -> Iterator[None]:
@@ -104,8 +148,9 @@ class Backbone(ABC):
         """Have `picture` give features, and `model`, in place, take them."""
         raise ValueError(NO_REUSE)
 
-    def connect(self, model: nn.Module, records: int, dtype: torch.dtype) -> None:
-        """Run the connector of a `model` on the meta device on so many pictures, for llaca.plan; here there is none."""
+    def connect(self, model: nn.Module, records: int, tokens: int, dtype: torch.dtype) -> None:
+        """Run the connector of a `model` on the meta device on the pictures of so many records of at most so many
+        tokens, for llaca.plan; here there is none."""
         return None
 
     # --- text ---
@@ -113,6 +158,10 @@ class Backbone(ABC):
     @abstractmethod
     def language(self, model: nn.Module) -> nn.Module:
         """Return the language model's stack, with `layers` and `rotary_emb`."""
+
+    def rotary(self, model: nn.Module, hidden: Tensor, positions: Tensor) -> Any:
+        """Return what a layer of the stack takes as `position_embeddings` of running positions [1, tokens]."""
+        return self.language(model).rotary_emb(hidden, positions)
 
     @property
     def silent(self) -> list[int]:
@@ -130,8 +179,11 @@ class Backbone(ABC):
     def token_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the summed cross entropy of logits [tokens, words], in float32, without what is `silent`: as in the
         original LLaVA, whose vocabulary does not have the picture's placeholder."""
-        columns = torch.tensor(self.silent, dtype=torch.long, device=logits.device)
-        return functional.cross_entropy(logits.float().index_fill(1, columns, -torch.inf), targets, reduction="sum")
+        logits = logits.float()
+        if self.silent:
+            columns = torch.tensor(self.silent, dtype=torch.long, device=logits.device)
+            logits = logits.index_fill(1, columns, -torch.inf)
+        return functional.cross_entropy(logits, targets, reduction="sum")
 
     def answer_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return -log p of a collated batch's answers: the summed cross entropy of its supervised tokens."""

@@ -14,10 +14,10 @@ import numpy as np
 from data.check import command, execute
 from data.columns import TrainingColumns
 from data.records import Problem
-from llava.backbone import Backbone
+from llava.backbone import AS_IS, Backbone, BaseOptions
 from llava.backbones import open_backbone
 from llava.conversation import Vocabulary
-from llava.dataset import cut_problems
+from llava.dataset import unusable
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,13 @@ class Reader:
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def problems(self, task: str, columns: TrainingColumns, rows: np.ndarray, image_root: Path) -> list[Problem]:
-        """Return the records of these rows that the maximum length makes unusable."""
-        pictures = self.backbone.picture_tokens(image_root, columns.names)
-        return cut_problems(columns, rows, pictures, self.max_length[task])
+        """Return the records of these rows that the maximum length or the base makes unusable."""
+        return unusable(self.backbone, columns, rows, image_root, self.max_length[task])
 
 
-def reader_of(base: Path | str, max_length: Mapping[str, int], grouping: bool) -> Reader:
+def reader_of(base: Path | str, max_length: Mapping[str, int], grouping: bool, options: BaseOptions = AS_IS) -> Reader:
     """The reader that a base model's folder gives. Raises FileNotFoundError or ValueError where it is none."""
-    return Reader(open_backbone(base), max_length, grouping)
+    return Reader(open_backbone(base, options), max_length, grouping)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

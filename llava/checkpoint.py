@@ -8,9 +8,10 @@
     python -m llava.checkpoint export-adapter --from DIR --out DIR [--base DIR]
     python -m llava.checkpoint merge --base DIR --adapter DIR --out DIR
 
-What assemble and merge write is a plain folder for the Llava classes of transformers 5 and 4.57, with the prompt of
-training as its chat template. Tensors keep their bits and, unless --dtype says otherwise, their dtypes; what merge adds
-up, it adds up in float32 and rounds once. A folder is written whole or not at all.
+What assemble and merge write of LLaVA-1.5 is a plain folder for the classes of transformers 5 and 4.57, with the prompt
+of training as its chat template; merge writes other families as transformers saves them. Tensors keep their bits and,
+unless --dtype says otherwise, their dtypes; what merge adds up, it adds up in float32 and rounds once. A folder is
+written whole or not at all.
 """
 
 import argparse
@@ -20,8 +21,9 @@ from pathlib import Path
 
 import torch
 
+from llava.backbones import family_of
 from llava.files import whole_folder
-from llava.original.adapter import export_adapter_folder, import_adapter_folder, merge
+from llava.original.adapter import export_adapter_folder, import_adapter_folder
 from llava.original.base import disassemble, read_base, write_base
 
 
@@ -54,7 +56,7 @@ def main() -> None:
             if given["command"] == "assemble":
                 write_base(read_base(given["llm"], given["vision"], given["projector"]), out, dtype)
             elif given["command"] == "merge":
-                merge(given["base"], given["adapter"], out, dtype)
+                family_of(given["base"]).merge(given["base"], given["adapter"], out, dtype)
             elif given["command"] == "disassemble":
                 disassemble(given["from"], out)
             else:

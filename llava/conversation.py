@@ -28,8 +28,8 @@ class Template:
     """A family's words around questions and answers: `system` once, then for every turn `user`, the question,
     `assistant` and the answer. An answer owns `lead` before it and `end`, the tokenizer's end of text, behind it.
 
-    placeholder: the token that stands for a picture, on a line of its own in front of the question; None: the family
-    takes no pictures.
+    placeholder: the token that stands for a picture, between `before` and `after` in front of the question; None: the
+    family takes no pictures. gap: what stands between an answer's end and the next turn.
     """
 
     system: str
@@ -38,6 +38,9 @@ class Template:
     lead: str
     end: str
     placeholder: str | None
+    before: str = ""
+    after: str = "\n"
+    gap: str = ""
 
     def prompt(self, question: str) -> str:
         """Return the text that asks for an answer. Raises ValueError for a picture where the family takes none."""
@@ -47,8 +50,8 @@ class Template:
         """Return the text of a conversation and the characters [begin, end) that each answer owns. Raises as `prompt`
         does."""
         text, answers = self.system, []
-        for question, answer in turns:
-            text += f"{self.user}{self._placed(question)}{self.assistant}"
+        for number, (question, answer) in enumerate(turns):
+            text += f"{self.gap if number else ''}{self.user}{self._placed(question)}{self.assistant}"
             begin = len(text)
             if (word := self.placeholder) is not None and word in answer:
                 raise ValueError(f"an answer holds {word}, this base model's word for a picture; take it out")
@@ -63,7 +66,8 @@ class Template:
             return question
         if self.placeholder is None:
             raise ValueError("it shows a picture, and this base model takes none: use a base that does")
-        return f"{self.placeholder}\n{question.replace(IMAGE, '').strip()}".strip()
+        picture = f"{self.before}{self.placeholder}{self.after}"
+        return f"{picture}{question.replace(IMAGE, '').strip()}".strip()
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class InstructionDataset(Dataset):
         self.backbone, root = backbone, Path(image_root)
         rows = np.arange(len(columns)) if rows is None else rows
         pictures = backbone.picture_tokens(root, columns.names)
-        self.dropped = cut_problems(columns, rows, pictures, max_length)
+        self.dropped = unusable(backbone, columns, rows, root, max_length)
         gone = {problem.record for problem in self.dropped}
         if gone:
             rows = rows[[record not in gone for record in columns.record[rows].tolist()]]
@@ -148,6 +148,24 @@ class InstructionDataset(Dataset):
         return int(part.pictures[place]) - 1 if place >= 0 else 0
 
 
+def unusable(
+    backbone: Backbone, columns: TrainingColumns, rows: np.ndarray, root: Path, max_length: int
+) -> list[Problem]:
+    """What makes these rows unusable on a base, each of them once: a picture that the base cannot take, and a picture
+    or a whole answer that `max_length` cuts off. Pictures are below `root`."""
+    faults = backbone.picture_faults(root, columns.names)
+    found = [
+        Problem(
+            int(columns.record[row]), "picture", f"{columns.name(row)}: {root / columns.image(row)}: {faults[place]}"
+        )
+        for row, place in zip(rows.tolist(), columns.picture[rows].tolist(), strict=True)
+        if place in faults
+    ]
+    told = {problem.record for problem in found}
+    cut = cut_problems(columns, rows, backbone.picture_tokens(root, columns.names), max_length)
+    return sorted([*found, *(problem for problem in cut if problem.record not in told)])
+
+
 def cut_problems(columns: TrainingColumns, rows: np.ndarray, pictures: np.ndarray, max_length: int) -> list[Problem]:
     """What `max_length` makes unusable of these rows: those whose picture or whole answer it cuts off. `pictures`: how
     many positions each picture of the columns takes."""
@@ -180,7 +198,9 @@ class Collator:
         }
         pictures = [{key: item[key] for key in item if key not in TEXT_KEYS} for item in items]
         shown = [picture for picture in pictures if picture]
-        return batch | (self.backbone.stack(shown) if shown else {})
+        if not shown:
+            return batch
+        return batch | self.backbone.beside_ids(batch["input_ids"]) | self.backbone.stack(shown)
 
 
 def shows_pictures(batch: dict[str, torch.Tensor]) -> bool:

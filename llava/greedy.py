@@ -36,7 +36,7 @@ class Decoder:
             rows, more = len(pictures), self.backbone.stack(pictures)
             more = {key: self._placed(tensor) for key, tensor in more.items()}
         with self.precision():
-            return Prefix.of(self.model, ids, rows, more)
+            return Prefix.of(self.model, self.backbone, ids, more, rows)
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.model.device, self.dtype if tensor.is_floating_point() else None)

@@ -1,8 +1,8 @@
 """What questions about one picture share (system prompt, picture, first words), run through the model once for all.
 
 Prefixes of equal tokens are rows of one cache without padding; pictures that take other numbers of tokens come apart by
-that. All that is kept lies in the cache, and the next token stands behind the last one: a family whose pictures move
-the positions behind them (several axes of rotary positions) needs more than this. The caches are transformers' own.
+that. All that is kept lies in the cache, except for the position of the next token: a picture may take fewer positions
+than tokens, and how many tells its shape (`Backbone.positions_saved`). The caches are transformers' own.
 """
 
 import copy
@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 from transformers import DynamicCache
+
+from llava.backbone import Backbone
 
 
 class Shared(NamedTuple):
@@ -55,18 +57,21 @@ def may_pad(model) -> bool:
 
 @dataclass
 class Prefix:
-    """The key-value cache of a prefix of `length` tokens; `rows` of it, one a picture or one a question."""
+    """The key-value cache of a prefix of `length` tokens; a row a picture or a question. `next`: the position of the
+    token behind it, int64 [rows]."""
 
     cache: DynamicCache
     length: int
-    rows: int
+    next: torch.Tensor
 
     @classmethod
-    def of(cls, model, ids: Sequence[int], rows: int, pictures: Mapping[str, torch.Tensor]) -> "Prefix":
+    def of(cls, model, backbone: Backbone, ids: Sequence[int], pictures: Mapping[str, torch.Tensor], rows: int):
         """Run `ids` in so many rows, each with its own of the `pictures`, by the names of the model's arguments."""
         cache, inputs = DynamicCache(config=model.config), torch.tensor([ids], device=model.device).expand(rows, -1)
-        model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **pictures)
-        return cls(cache, len(ids), rows)
+        more = {**backbone.beside_ids(inputs), **pictures} if pictures else {}
+        model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **more)
+        follows = torch.full((rows,), len(ids), device=model.device)
+        return cls(cache, len(ids), follows - backbone.positions_saved(pictures) if pictures else follows)
 
     def copied(self) -> "Prefix":
         """Return one to use up, for what is run behind a cache is written into it."""
@@ -77,10 +82,11 @@ class Prefix:
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order, some perhaps several times."""
-        if list(rows) != list(range(self.rows)):
-            self.cache.batch_select_indices(torch.tensor(rows, device=self.cache.layers[0].keys.device))
-            self.rows = len(rows)
+        if list(rows) != list(range(len(self.next))):
+            chosen = torch.tensor(rows, device=self.next.device)
+            self.cache.batch_select_indices(chosen)
+            self.next = self.next[chosen]
 
     def positions(self, real: torch.Tensor) -> torch.Tensor:
         """Return the positions `[rows, tokens]` of tokens behind the prefix; `real` is 0 where one is padding."""
-        return self.length - 1 + real.cumsum(-1)
+        return self.next[:, None] - 1 + real.cumsum(-1)

@@ -61,6 +61,7 @@ class LlavaTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(EpochOrder(self))
         self.loss_is_scaled_for_ga = normalisation == "global"
+        self.model_accepts_loss_kwargs = True  # else the Trainer does not count a step's tokens, as for Qwen's classes
 
     def _get_train_sampler(self, train_dataset=None) -> ModalityLengthSampler:
         lengths = self.train_dataset.modality_lengths

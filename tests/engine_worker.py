@@ -1,6 +1,9 @@
-"""What tests/test_llaca_engine.py runs in several processes: faults and clipping under one engine, told as JSON.
+"""What tests/test_llaca_engine.py runs in several processes: faults and clipping under engines, told as JSON.
 
-torchrun ... tests/engine_worker.py BASE DATA OUT none|DEEPSPEED.json SCENARIO ...
+torchrun ... tests/engine_worker.py BASES DATA OUT ENGINE:SCENARIO ...
+
+ENGINE is none, for all or for no scenario, or N of scripts/zeroN.json. BASES are folders, joined by commas; a scenario
+may begin with the number of its own, 0 if it does not: 3:1.plain.
 """
 
 import gc
@@ -22,7 +25,6 @@ from llaca.methods.base import Method
 from llaca.methods.llaca import LLaCA
 from llava.adapters import adapter_state, attach_lora, is_connector
 from llava.backbones import load_base
-from llava.backbones.llava15 import Llava15
 from llava.dataset import InstructionDataset
 from llava.trainer import LlavaTrainer, training_arguments
 
@@ -48,31 +50,40 @@ class Recorder(Method):
         self.projector.append(total[own].sum().sqrt().item())
 
 
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Those of all tensors in this process, by their addresses."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not thing.is_meta]
+    return {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+
+
 class Weighed(LLaCA):
-    """Adds up the bytes of all tensors in this process, each storage once, after every step."""
+    """Adds up the bytes of all tensors after every step, each storage once, without those of earlier scenarios."""
 
     norms, bytes = (), 0
 
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.before = storages()
+
     def after_step(self, shards):
         super().after_step(shards)
-        gc.collect()
-        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not thing.is_meta]
-        storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
-        self.bytes = sum(storage.nbytes() for storage in storages.values())
+        self.bytes = sum(storage.nbytes() for address, storage in storages().items() if address not in self.before)
 
 
 def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) -> dict:
-    """One short training; returns the gradients' norms or the error."""
+    """One short training of a base; returns the gradients' norms or the error."""
     sharded, dtype = name.startswith("sharded"), torch.bfloat16 if name.endswith("bf16") else torch.float32
+    weighs = name == "bytes"
+    settings = load_recipe(["--method", "llaca", "--average", "eq45"]).settings
+    method = Weighed(settings) if weighs else Recorder()
     with sharded_loading("3" if sharded else "none", dtype):
         model, backbone = load_base(base, dtype if sharded else torch.float32)
-    weighs = name == "bytes"
     torch.manual_seed(0)
-    model = attach_lora(model, Llava15, 64 if weighs else 4, 8, 0.0)
+    model = attach_lora(model, backbone, 64 if weighs else 4, 8, 0.0)
     samples = load_samples(data / "train.json", data)  # 10 with a picture, 6 without
     samples = {"text": samples[10:], "turns": samples[:8] + samples[12:]}.get(name, samples)
     dataset = InstructionDataset.of_samples(samples, backbone, 512)
-    method = Weighed(load_recipe(["--method", "llaca", "--average", "eq45"]).settings) if weighs else Recorder()
     if name == "nan":
         poisoned = next(p for path, p in model.named_parameters() if path.endswith(FAULTY))
         poisoned.register_hook(lambda gradient: gradient * float("nan"))
@@ -141,7 +152,7 @@ def clipping(base: Path, data: Path, folder: Path) -> dict:
     for file in [*files, folder / "silent"]:
         for norm in (0.0, 0.5):
             model, backbone = load_base(base)
-            model = attach_lora(model, Llava15, 4, 8, 0.0)
+            model = attach_lora(model, backbone, 4, 8, 0.0)
             dataset = InstructionDataset.of_samples(load_samples(data / "train.json", data)[:2], backbone, 512)
             arguments = training_arguments(
                 folder / "clipping",
@@ -164,14 +175,18 @@ def clipping(base: Path, data: Path, folder: Path) -> dict:
 
 
 def main() -> None:
-    base, data, out, zero, *names = sys.argv[1:]
-    ranks.start("none" if zero == "none" else "2")
-    told = {}
-    for name in names:
+    bases, data, out, *scenarios = sys.argv[1:]
+    ranks.start("none" if scenarios[0].startswith("none:") else "2")
+    told, folder = {}, Path(out).parent
+    for given in scenarios:
+        zero, _, place = given.partition(":")
+        number, _, name = place.rpartition(".")
+        base = Path(bases.split(",")[int(number or 0)])
+        config = None if zero == "none" else f"scripts/zero{zero}.json"
         if name == "clipping":
-            told[name] = clipping(Path(base), Path(data), Path(out).parent)
-            continue
-        told[name] = scenario(name, Path(base), Path(data), Path(out).parent, None if zero == "none" else zero)
+            told[given] = clipping(base, Path(data), folder)
+        else:
+            told[given] = scenario(name, base, Path(data), folder / given.replace(":", "-"), config)
     if ranks.first():
         Path(out).write_text(json.dumps(told))
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from qwen_bases import KINDS, make_qwen
 
 from llaca.callbacks import MethodCallback
 from llaca.engines.deepspeed import DeepSpeed
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 def test_every_engine_gives_the_betas_and_averages_of_one_process(tmp_path):
     """The script exits with 1 if a beta or an average is more than 1e-4 apart."""
     out, engines = tmp_path / "table.csv", ["one process, accumulation 2", "DDP x2", "ZeRO 2 x2", "ZeRO 3 x2"]
-    line = [sys.executable, "scripts/engines.py", "--out", str(out), "--work", str(tmp_path), "--records", "48",
+    line = [sys.executable, "scripts/engines.py", "--out", str(out), "--work", str(tmp_path), "--records", "32",
             "--engines", *engines]  # fmt: skip
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -45,40 +46,52 @@ FAULTY = "base_model.model.model.language_model.layers.1.self_attn.v_proj.lora_B
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 
 
-def work(base: Path, data: Path, folder: Path, launch: list[str], zero: str, *scenarios: str) -> dict:
-    """What tests/engine_worker.py tells."""
-    out = folder / f"{zero}-{'-'.join(scenarios)}.json"
-    config = "none" if zero == "none" else f"scripts/zero{zero}.json"
-    line = [*launch, "tests/engine_worker.py", str(base), str(data), str(out), config, *scenarios]
+def work(bases: list[Path], data: Path, folder: Path, launch: list[str], scenarios: dict[str, list[str]]) -> dict:
+    """What tests/engine_worker.py tells of scenarios, in one start: engine -> scenario -> figures."""
+    out = folder / "told.json"
+    asked = [f"{engine}:{name}" for engine, names in scenarios.items() for name in names]
+    line = [*launch, "tests/engine_worker.py", ",".join(map(str, bases)), str(data), str(out), *asked]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
-    return json.loads(out.read_text())
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert out.is_file(), done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    return {engine: {name: found[f"{engine}:{name}"] for name in names} for engine, names in scenarios.items()}
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_base, tiny_data, tmp_path_factory):
-    """One process that makes the two processes' micro-batches one after the other."""
-    folder = tmp_path_factory.mktemp("alone")
-    return work(tiny_base, tiny_data, folder, [sys.executable], "none", "clipped", "unclipped", "plain")
+def bases(tiny_base, tmp_path_factory) -> list[Path]:
+    """One of each family: LLaVA-1.5, Qwen2.5-VL, Qwen3-VL."""
+    return [tiny_base, *(make_qwen(tmp_path_factory.mktemp(kind), kind) for kind in KINDS)]
 
 
+QWEN = [f"{number}.{name}" for number in (1, 2) for name in ("plain", "turns")]
 SCENARIOS = {
-    "none": ("clipped", "unclipped", "plain", "bf16", "missing", "nan"),
-    "2": ("clipped", "unclipped", "plain", "bf16", "text", "turns", "missing", "nan", "late"),
-    "3": ("clipped", "unclipped", "plain", "bf16", "sharded", "sharded-bf16", "still-bf16", "text", "turns", "missing",
-          "nan", "late"),
+    "none": ["clipped", "unclipped", "plain", "bf16", "missing", "nan", *QWEN],
+    "0": [*QWEN],
+    "1": [*QWEN],
+    "2": ["clipped", "unclipped", "plain", "bf16", "text", "turns", "missing", "nan", "late", *QWEN],
+    "3": ["clipped", "unclipped", "plain", "bf16", "sharded", "sharded-bf16", "still-bf16", "text", "turns", "missing",
+          "nan", "late", *QWEN, "1.sharded", "2.sharded"],
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def together(tiny_base, tiny_data, tmp_path_factory):
-    """What two processes tell under an engine, all scenarios in one start of them."""
+def alone(bases, tiny_data, tmp_path_factory):
+    """One process that makes the two processes' micro-batches one after the other."""
+    names, folder = ["clipped", "unclipped", "plain", *QWEN], tmp_path_factory.mktemp("alone")
+    return work(bases, tiny_data, folder, [sys.executable], {"none": names})["none"]
+
+
+@pytest.fixture(scope="module")
+def together(bases, tiny_data, tmp_path_factory):
+    """What two processes tell under an engine: one start for DDP, one for all of DeepSpeed."""
 
     @cache
-    def told(zero: str) -> dict:
-        return work(tiny_base, tiny_data, tmp_path_factory.mktemp("together"), TORCHRUN, zero, *SCENARIOS[zero])
+    def start(deepspeed: bool) -> dict:
+        scenarios = {engine: names for engine, names in SCENARIOS.items() if (engine != "none") == deepspeed}
+        return work(bases, tiny_data, tmp_path_factory.mktemp("together"), TORCHRUN, scenarios)
 
-    return told
+    return lambda zero: start(zero != "none")[zero]
 
 
 @pytest.mark.slow
@@ -95,6 +108,19 @@ def test_two_processes_train_as_one_and_stop_for_a_missing_gradient(alone, toget
     assert (
         f"no gradient before the optimizer step for ['{FAULTY}']" in error and "rank 0 of 2, optimizer step 1" in error
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["none", "0", "1", "2", "3"])
+def test_two_processes_train_qwen_as_one(alone, together, zero):
+    """Pictures of several sizes, packed; also steps with a picture on one rank alone, and on none."""
+    told = together(zero)
+    for name in QWEN:
+        assert told[name]["norms"] == pytest.approx(alone[name]["norms"], rel=5e-5), name
+        assert told[name]["sum"] == pytest.approx(alone[name]["sum"], rel=1e-4, abs=1e-4), name
+        assert told[name]["moved"]["projector"] > 0 and told[name]["moved"]["lora"], name
+    for number in (1, 2) if zero == "3" else ():
+        assert told[f"{number}.sharded"]["norms"] == pytest.approx(alone[f"{number}.plain"]["norms"], rel=5e-5)
 
 
 @pytest.mark.slow
@@ -132,7 +158,7 @@ def test_a_base_that_comes_in_shards_trains_to_the_same_numbers_as_a_whole_one(a
 @pytest.mark.slow
 def test_deepspeed_clips_at_the_recipes_norm_and_nowhere_else(tiny_base, tiny_data, tmp_path):
     """A configuration without the key would clip at 1.0, whatever max_grad_norm is; bfloat16 is refused at ZeRO 0."""
-    told = work(tiny_base, tiny_data, tmp_path, [*TORCHRUN[:-2], "1", "--"], "0", "clipping", "bf16")
+    told = work([tiny_base], tiny_data, tmp_path, [*TORCHRUN[:-2], "1", "--"], {"0": ["clipping", "bf16"]})["0"]
     assert "stage 0 in half precision" in told["bf16"]["error"]
     told = told["clipping"]
     files = sorted(path.name for path in (ROOT / "scripts").glob("zero*.json"))

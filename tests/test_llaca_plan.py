@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import make_base
+from qwen_bases import KINDS, make_qwen
 from test_llaca_engine import ROOT, TORCHRUN, work
 
 from llaca.config import CONFIGS, load_recipe
@@ -59,18 +60,20 @@ def test_bytes_of_the_average_are_those_that_it_counts_itself(rule):
 
 @pytest.mark.slow
 def test_planned_bytes_are_those_of_real_steps(tiny_data, tmp_path):
-    """All tensors of a process directly after a step, when activations and buffers are gone."""
-    base = make_base(tmp_path / "base", width=256)
-    line = ["--base", str(base), "--method", "llaca", "--average", "eq45", "--lora_rank", "64"]
-    recipe = load_recipe([*line, "--dtype", "float32"])
-    for zero, engine, gpus in (("none", "DDP", 1), ("1", "ZeRO 1", 2), ("2", "ZeRO 2", 2), ("3", "ZeRO 3", 2)):
-        told = work(base, tiny_data, tmp_path, TORCHRUN if gpus > 1 else [sys.executable], zero, "bytes")["bytes"][
-            "bytes"
-        ]
-        parts = plan(recipe, gpus, 60, "cpu")[engine]
-        planned = parts.total - parts.activations - parts.buffers
-        told -= 4 * REDUCE_BUCKET if zero == "3" else 0  # the one that stays
-        assert planned == pytest.approx(told, rel=0.15), (engine, parts)
+    """All tensors of a process directly after a step, when activations and buffers are gone; of each family."""
+    bases = [make_base(tmp_path / "base", width=256), *(make_qwen(tmp_path / k, k, width=256) for k in KINDS)]
+    names = [f"{number}.bytes" for number in range(len(bases))]
+    found = work(bases, tiny_data, tmp_path, [sys.executable], {"none": names})
+    found |= work(bases, tiny_data, tmp_path, TORCHRUN, dict.fromkeys("123", names))
+    for base, name in zip(bases, names, strict=True):
+        line = ["--base", str(base), "--method", "llaca", "--average", "eq45", "--lora_rank", "64"]
+        recipe = load_recipe([*line, "--dtype", "float32"])
+        for zero, engine, gpus in (("none", "DDP", 1), ("1", "ZeRO 1", 2), ("2", "ZeRO 2", 2), ("3", "ZeRO 3", 2)):
+            told = found[zero][name]["bytes"]
+            parts = plan(recipe, gpus, 60, "cpu")[engine]
+            planned = parts.total - parts.activations - parts.buffers
+            told -= 4 * REDUCE_BUCKET if zero == "3" else 0  # the one that stays
+            assert planned == pytest.approx(told, rel=0.15), (base, engine, parts)
 
 
 def test_activations_grow_with_what_makes_them(tmp_path):

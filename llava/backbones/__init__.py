@@ -4,18 +4,22 @@ A family is one file here and one line in `FAMILIES` (docs/extending.md).
 """
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from llava.backbone import Backbone
+from llava.backbone import AS_IS, Backbone, BaseOptions
 from llava.backbones.llava15 import Llava15
+from llava.backbones.qwen_vl import Qwen3VL, Qwen25VL
 from llava.files import check_file, make_config, read_object, weight_files
 
 FAMILIES: dict[str, type[Backbone]] = {
     "llava": Llava15,
+    "qwen2_5_vl": Qwen25VL,
+    "qwen3_vl": Qwen3VL,
 }
 QUANTIZATIONS = ("none", "8bit", "nf4", "nf4-double")
 NF4_BLOCK = 64  # weights that share a scale
@@ -38,36 +42,38 @@ def family_of(path: str | Path) -> type[Backbone]:
     return FAMILIES[kind]
 
 
-def open_backbone(path: str | Path) -> Backbone:
-    """Return the backbone of a base model's folder, without its weights. Raises as `family_of` and
-    `Backbone.read_processor` do."""
+def open_backbone(path: str | Path, options: BaseOptions = AS_IS) -> Backbone:
+    """Return the backbone of a base model's folder, without its weights. Raises as `family_of`,
+    `Backbone.read_processor` and `Backbone` do."""
     family = family_of(path)
     config = _config_of(family, Path(path))
-    return family(config, family.read_processor(Path(path), config))
+    return family(config, family.read_processor(Path(path), config), options)
 
 
-def blank_model(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Backbone]:
+def blank_model(path: str | Path, dtype: torch.dtype, options: BaseOptions = AS_IS) -> tuple[PreTrainedModel, Backbone]:
     """Return model and backbone of a folder's config.json alone, on the meta device: shapes without memory.
 
-    The backbone has no processor. Raises as `family_of` does.
+    The backbone has no processor. Raises as `family_of` and `Backbone` do.
     """
     family = family_of(path)
     config = _config_of(family, Path(path))
     with torch.device("meta"):
-        return family.model_class(config).to(dtype), family(config, None)
+        return family.model_class(config).to(dtype), family(config, None, options)
 
 
 def load_base(
     path: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
     attn_implementation: str = "sdpa",
     quantization: str = "none",
     device: torch.device | str = "cpu",
+    options: BaseOptions = AS_IS,
 ) -> tuple[PreTrainedModel, Backbone]:
     """Return model and backbone of a `save_pretrained` folder.
 
     `quantization` (QLoRA, arXiv 2305.14314): the weights of the language model's blocks in `8bit`, or in 4 bits as
     `nf4`, whose scales `nf4-double` quantises once more; the rest keeps `dtype`, in which they are multiplied.
+    `dtype` "auto" is what config.json says.
     The weights go tensor by tensor from the file to `device`, so the host never holds a copy of a model for a GPU. On
     `meta` nothing is read but the files' headers: names and shapes are checked. Where transformers is told of ZeRO 3
     (llaca/engines/) every rank keeps 1/N of each tensor.
@@ -86,7 +92,7 @@ def load_base(
     if quantization != "none" or (torch.device(device).type != "cpu" and not is_deepspeed_zero3_enabled()):
         settings["device_map"] = {"": device}
     model = load_weights(family, str(path), path, **settings).to(device)
-    return model, family(model.config, family.read_processor(path, model.config))
+    return model, family(model.config, family.read_processor(path, model.config), options)
 
 
 def load_weights(family: type[Backbone], name: str, path: Path | None, **settings) -> PreTrainedModel:

@@ -63,6 +63,13 @@ class Llava15(Backbone):
         _check_processor(path, config, processor)
         return processor
 
+    @classmethod
+    def merge(cls, base: Path, adapter: Path, out: Path, dtype: torch.dtype | None) -> None:
+        """As `Backbone.merge`, in files and names that older versions of transformers read, too."""
+        from llava.original.adapter import merge
+
+        merge(base, adapter, out, dtype)
+
     def picture_tokens(self, root: Path, names: Sequence[str]) -> np.ndarray:
         """The patches of the tower, and its class token where the configuration wants it."""
         vision = self.config.vision_config
@@ -125,10 +132,10 @@ class Llava15(Backbone):
         self.features = features
         unwrapped(model).model.vision_tower = CachedVisionTower(_layers(self.config))
 
-    def connect(self, model: nn.Module, records: int, dtype: torch.dtype) -> None:
+    def connect(self, model: nn.Module, records: int, tokens: int, dtype: torch.dtype) -> None:
         """The projector on as many patches as the language model sees."""
-        tokens, width = int(self.picture_tokens(Path(), [""])[0]), self.config.vision_config.hidden_size
-        features = torch.empty(records, tokens, width, dtype=dtype, device="meta")
+        patches, width = int(self.picture_tokens(Path(), [""])[0]), self.config.vision_config.hidden_size
+        features = torch.empty(records, patches, width, dtype=dtype, device="meta")
         unwrapped(model).model.multi_modal_projector(features.float())
 
     def language(self, model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from llava.adapters import CONFIG, WEIGHTS
 from llava.backbones.llava15 import Llava15
 from llava.files import check_finite, check_same, read_object
+from llava.merge import NEUTRAL_STARTS, lora_config, mergeable_config, merged_weights
 from llava.original.base import Base, config_of, shapes_of, write_base
 from llava.original.names import PEFT_PREFIX, State, is_projector, of_hub, read_weights, to_original, to_transformers
 
@@ -30,14 +31,6 @@ VARIANTS = (
     ),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config", "expert_num"),
 )
-# What PEFT adds to the weights exactly; init_lora_weights only where it leaves the base's weights as they are.
-MERGED = {
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "bias"),
-    *("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layers_to_transform"),
-    *("layers_pattern", "init_lora_weights", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
-    *("revision", "inference_mode", "megatron_core", "qalora_group_size", "runtime_config"),
-}
-NEUTRAL_STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
 
 
 def import_adapter(*files: str | Path) -> State:
@@ -128,7 +121,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, dtype: torch.d
     Raises ValueError naming what PEFT's merging cannot express, what does not fit, and tensors that are not finite.
     """
     base, adapter = Path(base), Path(adapter)
-    settings = _mergeable_config(adapter / CONFIG)
+    settings = mergeable_config(adapter / CONFIG)
     if "mm_projector_type" in read_object(base / "config.json"):
         raise ValueError(f"{base} has the original LLaVA layout; assemble a base of it first")
     config = config_of(base)
@@ -141,58 +134,15 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, dtype: torch.d
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model.load_state_dict(state, assign=True)
-    merged = _merged(model, settings, given, adapter, dtype)
+    merged = merged_weights(model, settings, given, adapter, dtype)
     merged = {name: tensor.to(dtype or state[name].dtype) for name, tensor in merged.items()}
     check_finite(f"the sum of {base} and {adapter} in {dtype or 'the dtype of the base'}", merged)
     write_base(Base(config, merged, processor), out, dtype)
 
 
-def _merged(model, settings, given: State, adapter: Path, dtype: torch.dtype | None) -> State:
-    """The weights of `model` with the adapter's in or on them, in the names of the model."""
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-    from peft.tuners.lora import LoraLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    settings.base_model_name_or_path = None  # the base is the one given, and no reason for a warning
-    try:
-        model = get_peft_model(model, settings)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{adapter / CONFIG} does not fit the model ({' '.join(str(error).split())})") from error
-    check_same(f"{adapter / WEIGHTS}", get_peft_model_state_dict(model, save_embedding_layers=False), given)
-    for module in list(model.modules()):
-        if isinstance(module, ModulesToSaveWrapper):
-            module.modules_to_save.float()  # copies of the base's, into which the adapter's values go
-    set_peft_model_state_dict(model, given)
-    for layer in list(model.modules()):
-        if isinstance(layer, LoraLayer):
-            own = layer.get_base_layer().weight.dtype
-            layer.to(torch.promote_types(own, torch.float32)).merge()
-            layer.get_base_layer().to(dtype or own)
-    return model.unload().state_dict()
-
-
-def _mergeable_config(file: Path):
-    """PEFT's configuration of an adapter; refuses by name what its merging leaves out or makes another model of."""
-    from peft import LoraConfig
-
-    content, plain = _lora_config(file), LoraConfig()
-    if content.get("peft_type") != "LORA":
-        raise ValueError(f"{file} is not of LoRA: its peft_type is {content.get('peft_type')!r}")
-    fields = {key: getattr(plain, key, None) for key in content.keys() - MERGED}
-    strange = {key: content[key] for key in sorted(fields) if content[key] and content[key] != fields[key]}
-    if content.get("init_lora_weights", True) not in NEUTRAL_STARTS:
-        strange["init_lora_weights"] = content["init_lora_weights"]
-    if strange:
-        raise ValueError(f"{file} asks for what merging cannot express: {strange}; load base and adapter with PEFT")
-    try:
-        return LoraConfig.from_pretrained(file.parent)
-    except Exception as error:
-        raise ValueError(f"{file} is not what PEFT's LoraConfig takes ({' '.join(str(error).split())})") from error
-
-
 def _plain_config(file: Path, modules_to_save: tuple[str, ...] | None = None) -> dict:
     """The configuration of plain LoRA with these whole modules; refuses any other by name."""
-    config = _lora_config(file)
+    config = lora_config(file)
     found = {key: config.get(key, plain) for key, plain in PLAIN_LORA.items()}
     found["modules_to_save"] = found["modules_to_save"] and tuple(sorted(found["modules_to_save"]))
     wanted = PLAIN_LORA | {"modules_to_save": modules_to_save}
@@ -203,14 +153,6 @@ def _plain_config(file: Path, modules_to_save: tuple[str, ...] | None = None) ->
     if strange:
         raise ValueError(f"{file} is not of the plain LoRA that LLaVA trains: {strange}")
     return config
-
-
-def _lora_config(file: Path) -> dict:
-    content = read_object(file)
-    for key in ("r", "lora_alpha"):
-        if not isinstance(content.get(key), int | float) or content[key] <= 0:
-            raise ValueError(f"{file}: {key} should be a positive number, it is {content.get(key)!r}")
-    return content
 
 
 def _adapter_shapes(config: LlavaConfig, r: int) -> State:
