@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Makes checkpoints/tiny-llava anew, from random weights, and probes what it can do: about an hour on two cores of
-# a CPU with AVX512-BF16 (two to three times as long without; --no-bf16 is then faster).
+# Makes a tiny base model anew, from random weights, and probes what it can do: about an hour on two cores of a CPU
+# with AVX512-BF16 (two to three times as long without; --no-bf16 is then faster).
 #
-#   bash scripts/pretrain_tiny.sh [--out DIR] [--start-from DIR] [--seed N] [--no-bf16]
+#   bash scripts/pretrain_tiny.sh --out DIR [--family llava|qwen2_5_vl|qwen3_vl] [--start-from DIR] [--seed N] [--no-bf16]
 source "$(dirname "$0")/env.sh"
-torchrun --nproc-per-node 2 scripts/pretrain_tiny.py "$@"
-out=checkpoints/tiny-llava
+torchrun --nproc-per-node 2 -m scripts.pretrain_tiny "$@"
+out=
 while [ $# -gt 0 ]; do
     case $1 in --out) out=$2 ;; --out=*) out=${1#--out=} ;; esac
     shift
 done
-python scripts/probe_tiny.py --base "$out" --json "$out/skills.json"
+python -m scripts.probe_tiny --base "$out" --json "$out/skills.json"

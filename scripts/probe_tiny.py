@@ -16,7 +16,6 @@ from data.mini import corpus
 from data.mini.world import draw
 from eval.tasks.grounding import intersection_over_union
 from llava.backbones import load_base
-from llava.features import FeatureCache
 from llava.generate import generate_answers
 from llava.greedy import Decoder
 
@@ -96,8 +95,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = questions(args.per_skill, Path(folder), args.seed)
         texts, _, images = zip(*(case for rows in cases.values() for case in rows), strict=True)
-        paths = [path for path in images if path]
-        backbone.use_features(model, FeatureCache(paths, backbone.tower_states(model, paths)))
         answers = iter(generate_answers(Decoder(model, backbone, 40), texts, images, 64))
     scores = {}
     for skill, rows in cases.items():

@@ -33,13 +33,20 @@ from llaca.launch import choose_launcher, prepare_data, run_all
 from llaca.methods import METHODS, method_of
 from llaca.stream import check_run, is_begun, run_folder, stages_of
 
-PAPER = Path(__file__).parents[1] / "eval" / "paper"
 MINI = CONFIGS / "coin_mini.yaml"
+PAPER = Path(__file__).parents[1] / "eval" / "paper"
 
 
 def studies() -> dict[str, dict[str, Any]]:
     """studies/studies.yaml."""
     return yaml.safe_load(Path(__file__).with_name("studies.yaml").read_text(encoding="utf-8"))
+
+
+def recipe_of(study: dict[str, Any], mini: bool) -> Path:
+    """The recipe at scale, or the one for CoIN-mini."""
+    if mini and "mini" not in study:
+        return MINI
+    return CONFIGS / f"{study['mini' if mini else 'recipe']}.yaml"
 
 
 def command_lines(study: dict[str, Any], recipe: Path, seeds: Sequence[int], more: list[str]) -> dict[str, list[list]]:
@@ -92,9 +99,7 @@ def reproduce(name: str, options: argparse.Namespace, more: list[str]) -> str:
         if unknown := [row for row in options.rows if row not in study["rows"]]:
             raise ValueError(f"{name} has no row '{unknown[0]}'; it has {', '.join(study['rows'])}")
         study["rows"] = {label: study["rows"][label] for label in options.rows}
-    if not options.mini and study["recipe"] is None:
-        raise ValueError(f"{name} is of a model that is no LLaVA; --mini compares the methods on the small one")
-    recipe = MINI if options.mini else CONFIGS / f"{study['recipe']}.yaml"
+    recipe = recipe_of(study, options.mini)
     lines = command_lines(study, recipe, options.seeds, ["--runs-dir", str(options.runs_dir), *more])
     recipes = {label: [load_recipe(line) for line in own] for label, own in lines.items()}
     every = [recipe for own in recipes.values() for recipe in own]

@@ -13,7 +13,7 @@ from test_llaca_train import arguments, mini  # noqa: F401
 from llaca.config import load_recipe
 from llaca.methods import METHODS
 from llaca.train import run
-from studies.reproduce import command_lines, main, printed_rows, studies
+from studies.reproduce import command_lines, main, printed_rows, recipe_of, studies
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,12 +50,12 @@ def test_every_file_that_a_document_links_to_is_there():
             assert (document.parent / link).exists(), f"{document}: {link}"
 
 
+@pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("name", studies())
-def test_every_row_of_every_study_can_be_run_and_has_its_printed_numbers(name):
+def test_every_row_of_every_study_can_be_run_and_has_its_printed_numbers(name, small):
     study = studies()[name]
-    recipe = ROOT / "configs" / f"{study['recipe'] or 'coin_mini'}.yaml"
     names = []
-    for own in command_lines(study, recipe, [0, 1], []).values():
+    for own in command_lines(study, recipe_of(study, small), [0, 1], []).values():
         for line in own:
             loaded = load_recipe(line)
             METHODS[loaded.method.method](loaded.settings)
@@ -83,11 +83,6 @@ def test_printed_numbers_of_table_7_stand_on_one_line():
     row = printed_rows(studies()["table7"], ["ScienceQA"])["beta 0.992"]
     assert (row.mean["ScienceQA"], row.mean["Avg.ACC"], row.mean["Forgetting"]) == (72.88, 60.69, 5.46)
     assert row.mean["New.ACC"] == 65.24
-
-
-def test_table_3_says_that_it_is_of_another_model(capsys):
-    with pytest.raises(SystemExit, match="no LLaVA; --mini compares the methods"):
-        main(["table3"])
 
 
 def test_a_study_trains_evaluates_and_sets_the_papers_numbers_beside_ours(arguments, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -8,10 +8,14 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from qwen_bases import KINDS, make_qwen
 from test_llaca_train import adapters, arguments, mini  # noqa: F401
 
+from eval.report import main as report
+from eval.tables import read_matrix
 from llaca.config import load_recipe
 from llaca.methods import METHODS
 from llaca.stream import run_folder
@@ -63,6 +67,22 @@ def test_broken_off_inside_the_second_stage_and_started_again_gives_the_same_byt
         if memories[0].is_file():
             one, two = (torch.load(path, weights_only=True) for path in memories)
             torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_qwen_base_trains_goes_on_and_answers(arguments, tmp_path, monkeypatch, kind):  # noqa: F811
+    """Two stages with the average, broken off inside the second; then the matrix of accuracies."""
+    base = make_qwen(tmp_path / "base", kind)
+    more = ["--base", str(base), "--reuse_vision_features", "false", "--method", "llaca", "--grouping", "false"]
+    more += ["--tasks", "TextVQA", "GQA", "--save-steps", "1", "--max-pixels", "1024"]
+    whole = run(load_recipe([*arguments[:-1], "whole", *more]))
+    broken = interrupted(monkeypatch, [*arguments, *more], 5)
+    assert adapters(broken) == adapters(whole)
+    assert json.loads((whole / "stages" / "02-GQA" / "stage.json").read_text())["averaged"]
+    report(["--runs-dir", str(whole.parent), "--run", "whole", "--out", str(tmp_path / "tables")])
+    assert np.isfinite(np.tril(read_matrix(whole / "matrix.csv")[0])).all()
+    with pytest.raises(ValueError, match=r"reuse_vision_features: .* leave it out"):
+        run(load_recipe([*arguments[:-1], "reused", *more, "--reuse_vision_features", "true"]))
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]

@@ -27,6 +27,21 @@ def test_llava_7b_trains_exactly_the_language_models_linears_and_the_projector()
     assert not any("vision" in name for name in trainable_parameters(model))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "parameters"),
+    [
+        ("coin_qwen25vl_7b", 8_292_166_656),
+        ("coin_qwen25vl_3b", 3_754_622_976),
+        ("coin_qwen3vl_8b", 8_767_123_696),
+    ],
+)
+def test_a_qwen_has_as_many_parameters_as_its_published_weights(recipe, parameters):
+    """Of the three Instruct checkpoints, from the configurations that ship with the recipes."""
+    model = blank_of(load_recipe(["--recipe", str(CONFIGS / f"{recipe}.yaml"), "--train-connector", "false"])).model
+    assert sum(p.numel() for p in model.parameters() if not p.requires_grad) == parameters
+    assert counts(model)["connector"] == 0
+
+
 def test_what_trains_is_the_methods():
     eproj = counts(blank_of(load_recipe([*SEVEN, "--method", "eproj"])).model)
     assert eproj == {"tensors": 4, "lora": 0, "connector": 20_979_712}
