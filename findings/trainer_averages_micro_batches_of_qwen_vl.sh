@@ -35,7 +35,7 @@ vision = dict(depth=1, hidden_size=16, intermediate_size=32, num_heads=2, out_hi
 clip = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8,
                         patch_size=4)
 made = {
-    "llava": LlavaForConditionalGeneration(LlavaConfig(clip, LlamaConfig(**size), image_token_index=63)),
+    "llava": LlavaForConditionalGeneration(LlavaConfig(vision_config=clip, text_config=LlamaConfig(**size), image_token_index=63)),
     "qwen2": Qwen2ForCausalLM(Qwen2Config(**size)),
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
         text_config=size | {"rope_parameters": rope}, vision_config=vision | {"fullatt_block_indexes": [0]})),

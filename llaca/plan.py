@@ -129,20 +129,15 @@ def activation_bytes(recipe: Recipe, blank: Blank, records: int, tokens: int) ->
     """What autograd keeps of a micro-batch at its peak: with gradient checkpointing the inputs of all layers and all of
     one layer, without it all of all layers; and the connector's share."""
     model, backbone = blank
-    text, dtype = backbone.language(model), getattr(torch, recipe.model.dtype)
-    hidden = torch.empty(records, tokens, text.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
-    positions = torch.arange(tokens, device="meta")[None]
-    rotary = backbone.rotary(model, hidden, positions)
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    dtype, weights = getattr(torch, recipe.model.dtype), {p.untyped_storage()._cdata for p in model.parameters()}
     model.train()
     with saved_tensors(weights) as of_layer:
-        text.layers[0](hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+        layers, hidden = backbone.run_layer(model, records, tokens, dtype)
     with saved_tensors(weights) as of_connector:
         backbone.connect(model, records, tokens, dtype)
     square = (tokens, tokens)  # attention weights: sdpa's kernels do not keep them, its fallback on meta does
     keeps_square = recipe.model.attention == "eager"
     layer = sum(t.nbytes for t in of_layer if keeps_square or t.shape[-2:] != square)
-    layers = len(text.layers)
     kept = layers * hidden.nbytes + layer if recipe.model.gradient_checkpointing else layers * layer
     return kept + sum(t.nbytes for t in of_connector)
 

@@ -44,7 +44,8 @@ class Backbone(ABC):
 
     model_class, config_class: transformers'. template: the words of its prompts. lora_targets: regular expression of
     the names of the linear layers that get LoRA. connector: names of the modules between pictures and language that
-    train whole beside LoRA. unquantized: modules that a quantized base keeps as they are.
+    train whole beside LoRA. unquantized: modules that a quantized base keeps as they are; quantizable: it may be one.
+    generates: answers come from transformers' own `generate`, since questions cannot share a prefix.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
@@ -53,6 +54,8 @@ class Backbone(ABC):
     lora_targets: ClassVar[str]
     connector: ClassVar[tuple[str, ...]] = ()
     unquantized: ClassVar[tuple[str, ...]] = ("lm_head",)
+    quantizable: ClassVar[bool] = True
+    generates: ClassVar[bool] = False
 
     def __init__(self, config: PreTrainedConfig, processor: Any, options: BaseOptions = AS_IS):
         """`processor` is transformers': a processor with a tokenizer, or a tokenizer alone; None: only shapes are asked
@@ -158,6 +161,16 @@ class Backbone(ABC):
     @abstractmethod
     def language(self, model: nn.Module) -> nn.Module:
         """Return the language model's stack, with `layers` and `rotary_emb`."""
+
+    def run_layer(self, model: nn.Module, records: int, tokens: int, dtype: torch.dtype) -> tuple[int, Tensor]:
+        """Run a layer of a `model` on the meta device on so many records of so many tokens, for llaca.plan. Return how
+        many layers there are, and what went in [records, tokens, width]."""
+        text = self.language(model)
+        hidden = torch.empty(records, tokens, text.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+        positions = torch.arange(tokens, device="meta")[None]
+        rotary = self.rotary(model, hidden, positions)
+        text.layers[0](hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+        return len(text.layers), hidden
 
     def rotary(self, model: nn.Module, hidden: Tensor, positions: Tensor) -> Any:
         """Return what a layer of the stack takes as `position_embeddings` of running positions [1, tokens]."""

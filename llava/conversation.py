@@ -29,7 +29,7 @@ class Template:
     `assistant` and the answer. An answer owns `lead` before it and `end`, the tokenizer's end of text, behind it.
 
     placeholder: the token that stands for a picture, between `before` and `after` in front of the question; None: the
-    family takes no pictures. gap: what stands between an answer's end and the next turn.
+    family takes no pictures. gap: what stands between an answer's end and the next turn; several: there may be one.
     """
 
     system: str
@@ -41,6 +41,7 @@ class Template:
     before: str = ""
     after: str = "\n"
     gap: str = ""
+    several: bool = True
 
     def prompt(self, question: str) -> str:
         """Return the text that asks for an answer. Raises ValueError for a picture where the family takes none."""
@@ -48,7 +49,9 @@ class Template:
 
     def layout(self, turns: Turns) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of a conversation and the characters [begin, end) that each answer owns. Raises as `prompt`
-        does."""
+        does, and for several turns where the family answers once."""
+        if len(turns) > 1 and not self.several:
+            raise ValueError(f"it has {len(turns)} turns, and this base model answers once; make a record of each turn")
         text, answers = self.system, []
         for number, (question, answer) in enumerate(turns):
             text += f"{self.gap if number else ''}{self.user}{self._placed(question)}{self.assistant}"

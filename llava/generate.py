@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llava.ahead import Ahead
@@ -56,6 +57,9 @@ def answer_batches(
     model, training = decoder.model, decoder.model.training
     model.eval()
     try:
+        if decoder.backbone.generates:
+            yield from _generated(decoder, ids, batch_size)
+            return
         for shared in shared_prefixes(ids, images, decoder.backbone.placeholder):
             size = batch_size or fitting(decoder, len(ids[shared.groups[0][0]]) + decoder.max_new_tokens)
             for numbers, tokens in _answers(decoder, shared, ids, images, size):
@@ -63,6 +67,26 @@ def answer_batches(
                 yield numbers, [text.strip() for text in texts]
     finally:
         model.train(training)
+
+
+def _generated(
+    decoder: Decoder, ids: Sequence[list[int]], batch_size: int | None
+) -> Iterator[tuple[list[int], list[str]]]:
+    """As `answer_batches`, by transformers' own `generate`, of questions without pictures."""
+    numbers = sorted(range(len(ids)), key=lambda number: len(ids[number]), reverse=True)
+    tokenizer, device = decoder.backbone.tokenizer, decoder.model.device
+    while numbers:
+        size = batch_size or fitting(decoder, len(ids[numbers[0]]) + decoder.max_new_tokens)
+        chosen, numbers = numbers[:size], numbers[size:]
+        rows = [torch.tensor(ids[number]) for number in chosen]
+        inputs = pad_sequence(rows, True, tokenizer.pad_token_id).to(device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        real = (torch.arange(inputs.shape[1], device=device) < lengths[:, None]).long()
+        with decoder.precision():
+            output = decoder.model.generate(
+                input_ids=inputs, attention_mask=real, do_sample=False, max_new_tokens=decoder.max_new_tokens
+            )
+        yield chosen, [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
 
 
 def generate_answers(

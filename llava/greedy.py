@@ -91,8 +91,10 @@ def question_bytes(text, width: int, tokens: int) -> int:
     Its keys and values in every layer and, in the layer that is under way, the MLP's three intermediate results, in
     numbers of `width` bytes. `text` is the language model's configuration.
     """
-    heads = text.num_key_value_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
-    return tokens * width * (2 * text.num_hidden_layers * heads + 3 * text.intermediate_size)
+    count = getattr(text, "num_key_value_heads", text.num_attention_heads)
+    heads = count * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
+    inner = text.intermediate_size if hasattr(text, "intermediate_size") else text.d_ff  # T5's name
+    return tokens * width * (2 * text.num_hidden_layers * heads + 3 * inner)
 
 
 def fitting(decoder: Decoder, tokens: int) -> int:

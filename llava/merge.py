@@ -33,17 +33,17 @@ def merge_folder(base: str | Path, adapter: str | Path, out: str | Path, dtype: 
     base, adapter, out = Path(base), Path(adapter), Path(out)
     settings, given = mergeable_config(adapter / CONFIG), read_tensors(adapter / WEIGHTS)
     model, _ = load_base(base, "auto")
-    if model.get_output_embeddings().weight is model.get_input_embeddings().weight and (
-        tied := [name for name in given if "lm_head" in name or "embed_tokens" in name]
-    ):
-        raise ValueError(f"{adapter} changes a head that {base} shares with its embedding: {tied}; PEFT adds it twice")
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if tied and (heads := [name for name in given if "lm_head" in name or "embed_tokens" in name]):
+        raise ValueError(f"{adapter} changes a head that {base} shares with its embedding: {heads}; PEFT adds it twice")
     kept = dtype or model.dtype
     merged = merged_weights(model, settings, given, adapter, dtype)
     check_finite(f"the sum of {base} and {adapter} in {kept}", merged)
     with torch.device("meta"):
         whole = family_of(base).model_class(model.config)
     whole.load_state_dict(merged, assign=True)
-    whole.tie_weights()
+    if tied:  # whatever the configuration says: that of T5 v1.1 would tie its head
+        whole.tie_weights()
     whole.to(kept).save_pretrained(out)
     weights = {file.name for file in weight_files(base)}
     for file in base.iterdir():

@@ -14,12 +14,16 @@ from transformers.utils import logging
 from llava.backbone import AS_IS, Backbone, BaseOptions
 from llava.backbones.llava15 import Llava15
 from llava.backbones.qwen_vl import Qwen3VL, Qwen25VL
+from llava.backbones.text import T5, Qwen2, Qwen3
 from llava.files import check_file, make_config, read_object, weight_files
 
 FAMILIES: dict[str, type[Backbone]] = {
     "llava": Llava15,
     "qwen2_5_vl": Qwen25VL,
     "qwen3_vl": Qwen3VL,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "t5": T5,
 }
 QUANTIZATIONS = ("none", "8bit", "nf4", "nf4-double")
 NF4_BLOCK = 64  # weights that share a scale
@@ -120,6 +124,8 @@ def _quantization(path: Path, kind: str, dtype: torch.dtype, family: type[Backbo
 
     if kind not in QUANTIZATIONS:
         raise ValueError(f"quantization is {kind!r}; it must be one of {QUANTIZATIONS}")
+    if not family.quantizable:
+        raise ValueError(f"{path}: quantization is {kind}, and a base of this family keeps its precision; take none")
     kept = list(family.unquantized)
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)

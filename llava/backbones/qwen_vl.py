@@ -228,15 +228,20 @@ def _check_tokenizer(path: Path, config: PreTrainedConfig, tokenizer: PreTrained
         raise ValueError(
             f"{path}: the tokenizer's {CHATML.placeholder} is not token {config.image_token_id}, as config.json says"
         )
-    if len(tokenizer) > config.text_config.vocab_size:
+    check_vocabulary(path, tokenizer, config.text_config.vocab_size)
+
+
+def check_vocabulary(path: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Raise ValueError naming the folder unless a Qwen's tokenizer fits a head of so many rows and ends turns."""
+    if len(tokenizer) > rows:
         raise ValueError(
-            f"{path}: the tokenizer has {len(tokenizer)} words, the model {config.text_config.vocab_size}: they are of "
-            "two checkpoints; copy the model's own tokenizer there"
+            f"{path}: the tokenizer has {len(tokenizer)} words, the model {rows}: they are of two checkpoints; copy "
+            "the model's own tokenizer there"
         )
     if tokenizer.eos_token != CHATML.end:
         raise ValueError(
             f"{path}: turns end in {CHATML.end} but the tokenizer's end of text is {tokenizer.eos_token!r}; take an "
             "Instruct checkpoint"
         )
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, config.image_token_id):
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         raise ValueError(f"{path}: the tokenizer needs a pad token of its own; set pad_token in its config")
