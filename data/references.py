@@ -197,6 +197,18 @@ class OpenFiles(TaskFiles):
         return Answer(field(record, "answer", str, where), annotators)
 
 
+class TextFiles(TaskFiles):
+    """References in the question file: `answers`, texts of which each is right, or `answer` alone."""
+
+    def reference_of(self, record: Mapping[str, Any], where: str) -> tuple[str, ...]:
+        answers = (
+            field(record, "answers", list, where) if "answers" in record else [field(record, "answer", str, where)]
+        )
+        if not answers or not all(isinstance(answer, str) for answer in answers):
+            raise ValueError(f"{where}: 'answers' must hold texts, one at least")
+        return tuple(answers)
+
+
 def annotator_answers(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """The ten annotators' answers of a record; ValueError naming the record if there are not ten texts."""
     answers = field(record, "answers", list, where)
@@ -374,6 +386,7 @@ FILES: dict[str, type[TaskFiles]] = {
     "open": OpenFiles,
     "choice": ChoiceFiles,
     "box": BoxFiles,
+    "rouge": TextFiles,
 }
 
 

@@ -2,6 +2,7 @@
 code's, assembled from its parts, with the numbers that code gave for it."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,6 +153,12 @@ def original() -> SimpleNamespace:
         expected=json.loads((ORIGINAL / "expected.json").read_text()),
         tensors=load_file(ORIGINAL / "expected.safetensors"),
     )
+
+
+def pytest_collection_modifyitems(items):
+    """Files with many long tests come first: a file goes to one worker, and none should be left with one at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True, scope="session")

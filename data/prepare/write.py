@@ -97,7 +97,7 @@ def write_task(
             drawn = partial(wording, wordings[which], choices.seed, task)
             rows = [partial(row, task, record, drawn(record.id)) for record in own]
             files[folder / name] = partial(_write_rows, rows, f"{which} {name}")
-    _write_all(files, choices.overwrite)
+    write_files(files, choices.overwrite)
     return list(files)
 
 
@@ -109,7 +109,7 @@ def _write_rows(rows: Sequence[Callable[[], dict[str, Any]]], name: str, path: P
         file.write("\n]\n")
 
 
-def _write_all(files: Mapping[Path, Callable[[Path], object]], overwrite: bool) -> None:
+def write_files(files: Mapping[Path, Callable[[Path], object]], overwrite: bool) -> None:
     """Let every function write its file beside the place where it belongs, then move them all there."""
     partials = {path: path.with_name(path.name + ".partial") for path in files}
     try:

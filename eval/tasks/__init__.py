@@ -10,6 +10,7 @@ from eval.tasks.gqa import GQA
 from eval.tasks.grounding import Grounding
 from eval.tasks.imagenet import ImageNet
 from eval.tasks.ocrvqa import OCRVQA
+from eval.tasks.rouge import RougeL
 from eval.tasks.scienceqa import ScienceQA
 from eval.tasks.textvqa import TextVQA
 from eval.tasks.vizwiz import VizWiz
@@ -28,6 +29,7 @@ SCORING: dict[str, type[Task]] = {
     "open": OpenQuestionTask,
     "choice": MultipleChoice,
     "box": Grounding,
+    "rouge": RougeL,
 }
 
 
