@@ -45,7 +45,11 @@ def picture_sizes(root: Path, names: Sequence[str]) -> np.ndarray:
             np.save(opened, _read(root, names))
 
     make_once([file], make, holds)
-    return np.load(file, mmap_mode="r")
+    found = np.load(file, mmap_mode="r")
+    if len(absent := np.flatnonzero(found[:, 0] == 0)):  # perhaps they are there now
+        found = np.array(found)
+        found[absent] = _read(root, [names[place] for place in absent.tolist()])
+    return found
 
 
 def _read(root: Path, names: Sequence[str]) -> np.ndarray:

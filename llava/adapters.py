@@ -67,6 +67,8 @@ def reset_connector(model: nn.Module) -> None:
             for layer in module.modules_to_save["default"].modules():
                 if hasattr(layer, "reset_parameters"):
                     layer.reset_parameters()
+                elif (weight := getattr(layer, "weight", None)) is not None:  # a norm of transformers' own
+                    torch.nn.init.ones_(weight)
 
 
 def is_connector(name: str) -> bool:

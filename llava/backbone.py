@@ -73,6 +73,11 @@ class Backbone(ABC):
         broken, or unless it fits `config`."""
 
     @classmethod
+    def check_sharding(cls, path: Path) -> None:
+        """Raise ValueError for a folder whose weights cannot be loaded in shards (ZeRO 3)."""
+        return None
+
+    @classmethod
     def merge(cls, base: Path, adapter: Path, out: Path, dtype: torch.dtype | None) -> None:
         """Write `base` with `adapter` added to its weights, as `llava.merge.merge_folder` does."""
         from llava.merge import merge_folder
@@ -123,6 +128,10 @@ class Backbone(ABC):
     def stack(self, pictures: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return what the model takes of several pictures, of results of `picture`."""
         return {key: torch.stack([picture[key] for picture in pictures]) for key in pictures[0]}
+
+    def tokens_of(self, picture: Mapping[str, Tensor]) -> int | None:
+        """Return how many tokens a result of `picture` takes, None where all take the same."""
+        return None
 
     def beside_ids(self, ids: Tensor) -> dict[str, Tensor]:
         """Return what the model takes beside token ids [rows, tokens] that show pictures, and beside the pictures."""

@@ -137,15 +137,25 @@ class InstructionDataset(Dataset):
         repeats = torch.where(ids == self.backbone.placeholder, more + 1, 1)
         item = {"input_ids": ids.repeat_interleave(repeats), "labels": labels.repeat_interleave(repeats)}
         try:
-            return item | self.backbone.picture(path)
+            picture = self.backbone.picture(path)
+            check_tokens(self.backbone, picture, more + 1, path)
         except OSError as error:
             raise OSError(f"{self.name(index)}: {error}") from error
+        return item | picture
 
     @staticmethod
     def _more(part: _Part, row: int) -> int:
         """How many positions a record's picture takes beyond its placeholder's one."""
         place = int(part.columns.picture[row])
         return int(part.pictures[place]) - 1 if place >= 0 else 0
+
+
+def check_tokens(backbone: Backbone, picture: dict[str, torch.Tensor], tokens: int, path: Path) -> None:
+    """Raise OSError naming the file unless a picture takes as many tokens as its record leaves it."""
+    if (found := backbone.tokens_of(picture)) not in (None, tokens):
+        raise OSError(
+            f"{path} takes {found} tokens and took {tokens} when it was looked at: start again, or put it back"
+        )
 
 
 def unusable(

@@ -30,6 +30,7 @@ JSON_FILES = (
 )
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 WEB_PAGE = (b"<!doctype", b"<html", b"<?xml")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model")  # the last is T5's
 
 
 def check_file(path: str | Path) -> None:
@@ -153,9 +154,12 @@ def check_tokenizer(folder: str | Path) -> None:
     for name in JSON_FILES:
         if (folder / name).is_file():
             read_object(folder / name)
-    found = [name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+    found = [name for name in VOCABULARIES if (folder / name).is_file()]
     if not found:
-        raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model; is it complete?")
+        raise FileNotFoundError(
+            f"{folder} has neither tokenizer.json nor tokenizer.model; is it complete? checkpoints/README.md says how "
+            "a base is made or fetched"
+        )
     for name in found:
         _check_vocabulary(folder / name)
 

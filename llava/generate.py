@@ -9,12 +9,16 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from llava.ahead import Ahead
-from llava.backbone import Backbone
+from llava.backbone import Backbone, unwrapped
 from llava.conversation import encode_prompt, repeated
+from llava.dataset import check_tokens
 from llava.greedy import Decoder, fitting
 from llava.prefix import Shared, may_pad, shared_prefixes
+
+NO_MEMORY = "there is no memory for one question at a time; free the GPU ({})"
 
 
 class UnreadablePicture(OSError):
@@ -74,19 +78,43 @@ def _generated(
 ) -> Iterator[tuple[list[int], list[str]]]:
     """As `answer_batches`, by transformers' own `generate`, of questions without pictures."""
     numbers = sorted(range(len(ids)), key=lambda number: len(ids[number]), reverse=True)
+    tokenizer = decoder.backbone.tokenizer
+    greedy = GenerationConfig(
+        max_new_tokens=decoder.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=decoder.backbone.config.decoder_start_token_id,
+    )
+    model, most = unwrapped(decoder.model), batch_size
+    own, model.generation_config = model.generation_config, greedy  # the base's would fill in beams and penalties
+    try:
+        while numbers:
+            size = most or fitting(decoder, len(ids[numbers[0]]) + decoder.max_new_tokens)
+            chosen = numbers[:size]
+            try:
+                answers = _generate(decoder, [ids[number] for number in chosen])
+            except torch.OutOfMemoryError as error:
+                if len(chosen) == 1:
+                    raise ValueError(NO_MEMORY.format(error)) from error
+                most = len(chosen) // 2
+                tqdm.write(f"out of memory; from here on at most {most} at once", file=sys.stderr)
+                continue
+            numbers = numbers[size:]
+            yield chosen, answers
+    finally:
+        model.generation_config = own
+
+
+def _generate(decoder: Decoder, ids: Sequence[list[int]]) -> list[str]:
+    """The answers to one batch."""
     tokenizer, device = decoder.backbone.tokenizer, decoder.model.device
-    while numbers:
-        size = batch_size or fitting(decoder, len(ids[numbers[0]]) + decoder.max_new_tokens)
-        chosen, numbers = numbers[:size], numbers[size:]
-        rows = [torch.tensor(ids[number]) for number in chosen]
-        inputs = pad_sequence(rows, True, tokenizer.pad_token_id).to(device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        real = (torch.arange(inputs.shape[1], device=device) < lengths[:, None]).long()
-        with decoder.precision():
-            output = decoder.model.generate(
-                input_ids=inputs, attention_mask=real, do_sample=False, max_new_tokens=decoder.max_new_tokens
-            )
-        yield chosen, [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
+    rows = [torch.tensor(row) for row in ids]
+    inputs = pad_sequence(rows, True, tokenizer.pad_token_id).to(device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    real = (torch.arange(inputs.shape[1], device=device) < lengths[:, None]).long()
+    with decoder.precision():
+        output = decoder.model.generate(input_ids=inputs, attention_mask=real)
+    return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
 
 
 def generate_answers(
@@ -112,7 +140,7 @@ def _answers(
             block = [waiting.popleft()]
             while waiting and sum(map(len, block)) + len(waiting[0]) <= size:
                 block.append(waiting.popleft())
-            opened, fault = _opened(block, images, pictures)
+            opened, fault = _opened(decoder.backbone, block, ids, images, pictures)
             largest, answered = min(size, sum(map(len, opened.groups))), set()
             try:
                 for numbers, tokens in _answer_block(decoder, shared.prefix, ids, opened, size):
@@ -120,9 +148,7 @@ def _answers(
                     yield numbers, tokens
             except torch.OutOfMemoryError as error:
                 if largest == 1:
-                    raise ValueError(
-                        f"there is no memory for one question at a time; free the GPU ({error})"
-                    ) from error
+                    raise ValueError(NO_MEMORY.format(error)) from error
                 size, fault = largest // 2, None
                 rest = [[number for number in group if number not in answered] for group in block]
                 waiting.extendleft(group for group in reversed(rest) if group)
@@ -139,7 +165,11 @@ class Opened(NamedTuple):
 
 
 def _opened(
-    block: list[list[int]], images: Sequence[Path | None], pictures: Ahead
+    backbone: Backbone,
+    block: list[list[int]],
+    ids: Sequence[list[int]],
+    images: Sequence[Path | None],
+    pictures: Ahead,
 ) -> tuple[Opened, UnreadablePicture | None]:
     """Return the groups whose picture could be opened, and what is wrong with another group's."""
     if images[block[0][0]] is None:
@@ -147,7 +177,9 @@ def _opened(
     found, fault = Opened([], []), None
     for group, picture in zip(block, pictures.take([images[group[0]] for group in block]), strict=True):
         try:
-            found.pictures.append(picture.result())
+            seen = picture.result()
+            check_tokens(backbone, seen, ids[group[0]].count(backbone.placeholder), images[group[0]])
+            found.pictures.append(seen)
             found.groups.append(group)
         except OSError as error:
             fault = fault or UnreadablePicture(group[0], error)

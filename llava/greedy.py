@@ -29,6 +29,13 @@ class Decoder:
         """The context to compute in: adapters may be float32 on a base that is not."""
         return torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    @property
+    def ends(self) -> set[int]:
+        """The tokens that end an answer: the tokenizer's, and what the base's generation_config.json adds."""
+        config = getattr(self.model, "generation_config", None)
+        more = getattr(config, "eos_token_id", None) or []
+        return {self.backbone.tokenizer.eos_token_id, *([more] if isinstance(more, int) else more)}
+
     def prefix(self, ids: Sequence[int], pictures: Sequence[dict[str, torch.Tensor]] | None) -> Prefix:
         """Return the cache of these ids with each of the pictures, a row each; None: one row without any."""
         rows, more = 1, {}
@@ -44,9 +51,9 @@ class Decoder:
     def answer(self, prefix: Prefix, questions: Sequence[list[int]]) -> list[list[int]]:
         """Return the token ids of the answers, without the end of text. `prefix` has a row a question and is used up.
 
-        Equal to stock `generate`, except that a question leaves the batch when it is answered.
+        Equal to stock `generate` without penalties, except that a question leaves the batch when it is answered.
         """
-        width, device, end = max(map(len, questions)), self.model.device, self.backbone.tokenizer.eos_token_id
+        width, device, ends = max(map(len, questions)), self.model.device, self.ends
         inputs = [[self.backbone.tokenizer.pad_token_id] * (width - len(question)) + question for question in questions]
         real = [[0] * (width - len(question)) + [1] * len(question) for question in questions]
         inputs, real = torch.tensor(inputs, device=device), torch.tensor(real, device=device)
@@ -57,7 +64,7 @@ class Decoder:
             chosen = self._next(prefix, inputs, positions, seen)
             going = []
             for row, word in enumerate(chosen.tolist()):
-                if word != end:
+                if word not in ends:
                     waiting[row].append(word)
                     if len(waiting[row]) < self.max_new_tokens:
                         going.append(row)

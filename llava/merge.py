@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llava.adapters import CONFIG, WEIGHTS
 from llava.backbones import family_of, load_base
-from llava.files import check_finite, check_same, read_object, read_tensors, weight_files
+from llava.files import check_finite, check_same, read_object, read_tensors
 
 # What PEFT adds to the weights exactly; init_lora_weights only where it leaves the base's weights as they are.
 MERGED = {
@@ -20,6 +20,8 @@ MERGED = {
     *("layers_pattern", "init_lora_weights", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "megatron_core", "qalora_group_size", "runtime_config"),
 }
+# Files of weights, of any framework: those of the base are not the merged model's.
+WEIGHTS_OF_OTHERS = {".safetensors", ".bin", ".h5", ".msgpack", ".ot", ".pt", ".pth", ".onnx", ".gguf"}
 NEUTRAL_STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
 
 
@@ -38,6 +40,7 @@ def merge_folder(base: str | Path, adapter: str | Path, out: str | Path, dtype: 
         raise ValueError(f"{adapter} changes a head that {base} shares with its embedding: {heads}; PEFT adds it twice")
     kept = dtype or model.dtype
     merged = merged_weights(model, settings, given, adapter, dtype)
+    merged = {name: tensor.to(kept) if tensor.is_floating_point() else tensor for name, tensor in merged.items()}
     check_finite(f"the sum of {base} and {adapter} in {kept}", merged)
     with torch.device("meta"):
         whole = family_of(base).model_class(model.config)
@@ -45,10 +48,9 @@ def merge_folder(base: str | Path, adapter: str | Path, out: str | Path, dtype: 
     if tied:  # whatever the configuration says: that of T5 v1.1 would tie its head
         whole.tie_weights()
     whole.to(kept).save_pretrained(out)
-    weights = {file.name for file in weight_files(base)}
     for file in base.iterdir():
-        own = file.name in weights or file.name.endswith(".index.json") or (out / file.name).exists()
-        if file.is_file() and not own:
+        kind = file.suffix in WEIGHTS_OF_OTHERS or file.name.endswith(".index.json")
+        if file.is_file() and not kind and file.name != "config.json":
             shutil.copyfile(file, out / file.name)
 
 

@@ -24,6 +24,7 @@ from llaca.engines.deepspeed import cast_for_engine, sharded_loading
 from llaca.methods.base import Method
 from llaca.methods.llaca import LLaCA
 from llava.adapters import adapter_state, attach_lora, is_connector
+from llava.backbone import BaseOptions
 from llava.backbones import load_base
 from llava.dataset import InstructionDataset
 from llava.trainer import LlavaTrainer, training_arguments
@@ -73,16 +74,26 @@ class Weighed(LLaCA):
 
 def scenario(name: str, base: Path, data: Path, folder: Path, zero: str | None) -> dict:
     """One short training of a base; returns the gradients' norms or the error."""
+    # as at real sizes: ZeRO 3 gathers every tensor whenever it is used, where small ones would stay
+    gathered, options = name.startswith("gathered"), BaseOptions(train_connector=not name.endswith("frozen"))
+    if gathered and zero:
+        config = json.loads(Path(zero).read_text())
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "gathered.json").write_text(json.dumps(config))
+        zero = str(folder / "gathered.json")
     sharded, dtype = name.startswith("sharded"), torch.bfloat16 if name.endswith("bf16") else torch.float32
     weighs = name == "bytes"
     settings = load_recipe(["--method", "llaca", "--average", "eq45"]).settings
     method = Weighed(settings) if weighs else Recorder()
     with sharded_loading("3" if sharded else "none", dtype):
-        model, backbone = load_base(base, dtype if sharded else torch.float32)
+        model, backbone = load_base(base, dtype if sharded else torch.float32, options=options)
     torch.manual_seed(0)
     model = attach_lora(model, backbone, 64 if weighs else 4, 8, 0.0)
     samples = load_samples(data / "train.json", data)  # 10 with a picture, 6 without
-    samples = {"text": samples[10:], "turns": samples[:8] + samples[12:]}.get(name, samples)
+    samples = {"text": samples[10:], "turns": samples[:8] + samples[12:]}.get("turns" if gathered else name, samples)
+    if backbone.placeholder is None:
+        samples = [sample for sample in samples if sample.image is None]
     dataset = InstructionDataset.of_samples(samples, backbone, 512)
     if name == "nan":
         poisoned = next(p for path, p in model.named_parameters() if path.endswith(FAULTY))

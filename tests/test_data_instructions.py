@@ -93,7 +93,7 @@ def test_at_most_five_hundred_are_trained_on_and_the_seed_draws_them(tmp_path):
         (lambda task: task.update(Definition=[]), "'Definition' should be a text"),
         (lambda task: task["Instances"][3].update(output=[]), "instance 3: 'output' must be a text or a list of texts"),
         (lambda task: task["Instances"][3].update(input=" "), "instance 3: 'input' should be a text"),
-        (lambda task: task.update(Instances=task["Instances"][:100]), "100 instances are not enough"),
+        (lambda task: task.update(Instances=task["Instances"][:100]), "100 instances with an output are not enough"),
         (lambda task: task["Positive Examples"][1].pop("output"), "positive example 1: 'output' is missing"),
     ],
 )

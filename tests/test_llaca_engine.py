@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from qwen_bases import KINDS, make_qwen
+from text_bases import make_text
 
 from llaca.callbacks import MethodCallback
 from llaca.engines.deepspeed import DeepSpeed
@@ -60,25 +61,28 @@ def work(bases: list[Path], data: Path, folder: Path, launch: list[str], scenari
 
 @pytest.fixture(scope="module")
 def bases(tiny_base, tmp_path_factory) -> list[Path]:
-    """One of each family: LLaVA-1.5, Qwen2.5-VL, Qwen3-VL."""
-    return [tiny_base, *(make_qwen(tmp_path_factory.mktemp(kind), kind) for kind in KINDS)]
+    """One of each family: LLaVA-1.5, Qwen2.5-VL, Qwen3-VL, T5."""
+    qwen = [make_qwen(tmp_path_factory.mktemp(kind), kind) for kind in KINDS]
+    return [tiny_base, *qwen, make_text(tmp_path_factory.mktemp("t5"), "t5")]
 
 
 QWEN = [f"{number}.{name}" for number in (1, 2) for name in ("plain", "turns")]
+FROZEN = ["1.gathered-frozen", "2.gathered-frozen"]  # their mergers stay as they are
+OTHERS = [*QWEN, "3.text", *FROZEN, "0.gathered"]
 SCENARIOS = {
-    "none": ["clipped", "unclipped", "plain", "bf16", "missing", "nan", *QWEN],
-    "0": [*QWEN],
-    "1": [*QWEN],
-    "2": ["clipped", "unclipped", "plain", "bf16", "text", "turns", "missing", "nan", "late", *QWEN],
+    "none": ["clipped", "unclipped", "plain", "bf16", "missing", "nan", *OTHERS],
+    "0": [*OTHERS],
+    "1": [*OTHERS],
+    "2": ["clipped", "unclipped", "plain", "bf16", "text", "turns", "missing", "nan", "late", *OTHERS],
     "3": ["clipped", "unclipped", "plain", "bf16", "sharded", "sharded-bf16", "still-bf16", "text", "turns", "missing",
-          "nan", "late", *QWEN, "1.sharded", "2.sharded"],
+          "nan", "late", *OTHERS, "1.sharded", "2.sharded"],
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def alone(bases, tiny_data, tmp_path_factory):
     """One process that makes the two processes' micro-batches one after the other."""
-    names, folder = ["clipped", "unclipped", "plain", *QWEN], tmp_path_factory.mktemp("alone")
+    names, folder = ["clipped", "unclipped", "plain", *OTHERS], tmp_path_factory.mktemp("alone")
     return work(bases, tiny_data, folder, [sys.executable], {"none": names})["none"]
 
 
@@ -112,13 +116,14 @@ def test_two_processes_train_as_one_and_stop_for_a_missing_gradient(alone, toget
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["none", "0", "1", "2", "3"])
-def test_two_processes_train_qwen_as_one(alone, together, zero):
-    """Pictures of several sizes, packed; also steps with a picture on one rank alone, and on none."""
+def test_two_processes_train_other_families_as_one(alone, together, zero):
+    """Pictures of several sizes, packed; also steps with a picture on one rank alone, and on none. T5 has none."""
     told = together(zero)
-    for name in QWEN:
+    for name in OTHERS:
         assert told[name]["norms"] == pytest.approx(alone[name]["norms"], rel=5e-5), name
         assert told[name]["sum"] == pytest.approx(alone[name]["sum"], rel=1e-4, abs=1e-4), name
-        assert told[name]["moved"]["projector"] > 0 and told[name]["moved"]["lora"], name
+        trains = name in QWEN or name == "0.gathered"
+        assert (told[name]["moved"]["projector"] > 0) == trains and told[name]["moved"]["lora"], name
     for number in (1, 2) if zero == "3" else ():
         assert told[f"{number}.sharded"]["norms"] == pytest.approx(alone[f"{number}.plain"]["norms"], rel=5e-5)
 

@@ -89,9 +89,11 @@ def prompt(definition: str, examples: Sequence[tuple[str, str]], asked: str) -> 
 def rows_of(task: str, path: Path, examples: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     """Return a task's records by split: train, dev, test. Raises as `read_task` does, and for too few instances."""
     definition, instances, shown = read_task(path)
-    if len(instances) <= 2 * EVALUATED:
-        raise ValueError(f"{path}: {len(instances)} instances are not enough; {2 * EVALUATED} of them are evaluated")
     kept = [one for one in instances if any(output.strip() for output in one.outputs)]
+    if len(kept) <= 2 * EVALUATED:
+        raise ValueError(
+            f"{path}: {len(kept)} instances with an output are not enough; {2 * EVALUATED} of them are evaluated"
+        )
     rng, rest = random.Random(f"{seed}/{task}"), kept[2 * EVALUATED :]
     rng.shuffle(rest)
     found: dict[str, list[dict[str, Any]]] = {"train": [], "dev": [], "test": []}

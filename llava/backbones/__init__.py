@@ -34,7 +34,9 @@ def family_of(path: str | Path) -> type[Backbone]:
     it is none that is known."""
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{path} has no config.json; give the folder of a base model saved by transformers")
+        raise FileNotFoundError(
+            f"{path} has no config.json: give the folder of a base model; checkpoints/README.md says how to get one"
+        )
     content = read_object(file)
     if "mm_projector_type" in content:
         raise ValueError(
@@ -89,6 +91,8 @@ def load_base(
     config = _config_of(family, path)
     for file in weight_files(path):
         check_file(file)
+    if is_deepspeed_zero3_enabled():
+        family.check_sharding(path)
     settings = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization != "none":
         settings["quantization_config"] = _quantization(path, quantization, dtype, family, config)

@@ -143,6 +143,10 @@ class QwenVL(Backbone):
             "image_grid_thw": torch.stack([picture["image_grid_thw"] for picture in pictures]),
         }
 
+    def tokens_of(self, picture: Mapping[str, Tensor]) -> int:
+        """A token for each merged patch."""
+        return int(picture["image_grid_thw"].prod()) // self.config.vision_config.spatial_merge_size**2
+
     def beside_ids(self, ids: Tensor) -> dict[str, Tensor]:
         """`mm_token_type_ids` [rows, tokens], 1 where a picture is: without them the model takes a picture's tokens for
         a line of text, Qwen2.5-VL without a word."""
@@ -158,11 +162,8 @@ class QwenVL(Backbone):
 
     @contextmanager
     def without_picture(self, model: nn.Module) -> Iterator[None]:
-        """Sends one merged patch of zeros through tower and mergers and adds nothing of it, where the mergers train:
-        then all ranks reduce the same gradients in the same order (see `Llava15.without_picture`)."""
-        if not self.connector:
-            yield
-            return
+        """Sends one merged patch of zeros through tower and mergers and adds nothing of it: then all ranks gather the
+        same weights and reduce the same gradients in the same order (see `Llava15.without_picture`)."""
         owner, vision = unwrapped(model).model, self.config.vision_config
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
 

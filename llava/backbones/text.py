@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput
 from llava.backbone import Backbone, unwrapped
 from llava.backbones.qwen_vl import CHATML, check_vocabulary
 from llava.conversation import IGNORE, Template
-from llava.files import check_tokenizer
+from llava.files import check_tokenizer, read_object
 
 SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
 NO_THOUGHT = "<think>\n\n</think>\n\n"  # how Qwen3 is asked to answer at once
@@ -44,7 +44,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 class Qwen2(Backbone):
-    """Qwen2ForCausalLM, of Qwen2 and Qwen2.5."""
+    """Qwen2ForCausalLM, asked as Qwen2.5-Instruct is; Qwen2-Instruct's own system prompt is shorter."""
 
     model_class = Qwen2ForCausalLM
     config_class = Qwen2Config
@@ -64,7 +64,7 @@ class Qwen2(Backbone):
 
 
 class Qwen3(Qwen2):
-    """Qwen3ForCausalLM, which answers without thinking first."""
+    """Qwen3ForCausalLM, which answers every turn without thinking first. The 2507 releases have no such mark."""
 
     model_class = Qwen3ForCausalLM
     config_class = Qwen3Config
@@ -96,6 +96,13 @@ class T5(Backbone):
             raise ValueError(f"{path}: the tokenizer has {len(tokenizer)} words, the model {config.vocab_size}")
         tokenizer.backend_tokenizer.post_processor = None
         return tokenizer
+
+    @classmethod
+    def check_sharding(cls, path: Path) -> None:
+        """As `Backbone.check_sharding`: while weights come in shards, transformers takes v1.1's head for its embedding,
+        since it compares what is left of the two, which is nothing."""
+        if read_object(path / "config.json").get("tie_word_embeddings") is False:
+            raise ValueError(f"{path} has a head of its own, which ZeRO 3 would lose: take --zero none, 0, 1 or 2")
 
     def answer_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[ModelOutput, Tensor]:
         """As `Backbone.answer_logits`: what is not supervised goes into the encoder, the rest into the decoder."""
