@@ -26,7 +26,7 @@ CAUSAL = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3
 def make_t5_tokenizer() -> T5TokenizerFast:
     """A unigram tokenizer of words and letters, with T5's first three pieces."""
     words = [(f"▁{word}", -2.0) for word in WORDS]
-    letters = [(letter, -5.0) for letter in "▁abcdefghijklmnopqrstuvwxyzW?!.,0123456789"]
+    letters = [(letter, -5.0) for letter in "▁abcdefghijklmnopqrstuvwxyzABCW?!.,0123456789"]
     return T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *words, *letters], extra_ids=4)
 
 
