@@ -25,7 +25,7 @@ from data.jsonfile import field, one_of, read_json_of
 from data.prepare.write import write_files
 
 EVALUATED, TRAINED = 50, 500  # instances of a task: in its test and its dev set each, and in training at most
-STREAMS = {"instrdialog": Path(__file__).parents[1] / "instrdialog.yaml"}
+STREAMS = {"instrdialog": Path(__file__).parents[1] / "instrdialog" / "benchmark.yaml"}
 
 
 class Instance(NamedTuple):
