@@ -201,10 +201,9 @@ class TextFiles(TaskFiles):
     """References in the question file: `answers`, texts of which each is right, or `answer` alone."""
 
     def reference_of(self, record: Mapping[str, Any], where: str) -> tuple[str, ...]:
-        answers = (
-            field(record, "answers", list, where) if "answers" in record else [field(record, "answer", str, where)]
-        )
-        if not answers or not all(isinstance(answer, str) for answer in answers):
+        answers = field(record, "answers" if "answers" in record else "answer", (list, str), where)
+        answers = [answers] if isinstance(answers, str) else answers
+        if not answers or not all(isinstance(one, str) for one in answers):
             raise ValueError(f"{where}: 'answers' must hold texts, one at least")
         return tuple(answers)
 

@@ -11,24 +11,20 @@ from PIL import Image
 from qwen_bases import KINDS, PADDING, make_qwen, stock_processor
 from torch.nn import functional
 
-from data.columns import Texts, training_columns
-from data.preprocess import look
-from data.records import DataError, Sample
-from data.sizes import picture_sizes
+from data.records import Sample
 from llava.adapters import adapter_state, attach_lora, save_adapter, trainable_parameters
 from llava.backbone import BaseOptions
 from llava.backbones import blank_model, load_base, open_backbone
-from llava.check import Reader
 from llava.conversation import encode_prompt
 from llava.dataset import Collator, InstructionDataset
-from llava.generate import UnreadablePicture, answer_batches, encode_questions, generate_answers
+from llava.generate import generate_answers
 from llava.greedy import Decoder
 from llava.prefix import Prefix
 from llava.trainer import LlavaTrainer, training_arguments
 
 SYSTEM = {"qwen2_5_vl": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", "qwen3_vl": ""}
 SIZES = [(40, 24), (24, 40), (16, 16), (200, 30), (5, 9)]  # the first two: as many tokens, other positions
-STAGES = pytest.mark.parametrize("kind", KINDS)
+FAMILY = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +68,7 @@ def samples_of(pictures: list[Path]) -> list[Sample]:
     return found
 
 
-@STAGES
+@FAMILY
 def test_tokens_logits_and_loss_are_stock_transformers(folders, pictures, kind):
     """Of each record alone, with the stock processor's own ids, patches and types; then of all in one batch."""
     model, backbone = load_base(folders[kind])
@@ -113,7 +109,7 @@ def assistant_ids(backbone) -> list[int]:
     return ids[-3:]
 
 
-@STAGES
+@FAMILY
 def test_greedy_answers_are_stock_generates(folders, pictures, kind):
     """In every batch size; questions about one picture share its prefix, and pictures of equal tokens one cache."""
     model, backbone = load_base(folders[kind])
@@ -130,7 +126,7 @@ def test_greedy_answers_are_stock_generates(folders, pictures, kind):
         assert generate_answers(Decoder(model, backbone, 6), prompts, images, size) == wanted, size
 
 
-@STAGES
+@FAMILY
 def test_two_pictures_prefixes_are_held_at_once(folders, pictures, kind):
     """The model keeps one offset of positions, that of the picture it saw last; each prefix here has its own."""
     model, backbone = load_base(folders[kind])
@@ -150,7 +146,7 @@ def test_two_pictures_prefixes_are_held_at_once(folders, pictures, kind):
     assert prefixes[0].next.tolist() != [prefixes[0].length]
 
 
-@STAGES
+@FAMILY
 def test_positions_that_pictures_save_are_those_of_the_model(folders, pictures, kind):
     model, backbone = load_base(folders[kind])
     stacked = backbone.stack([backbone.picture(path) for path in pictures])
@@ -162,7 +158,7 @@ def test_positions_that_pictures_save_are_those_of_the_model(folders, pictures, 
         assert int(backbone.positions_saved(stacked)[row]) == -int(delta)
 
 
-@STAGES
+@FAMILY
 def test_pictures_without_their_token_types_are_refused(folders, pictures, kind):
     """Without them Qwen2.5-VL answers, as if a picture were a line of text; zeros are taken, too."""
     model, backbone = load_base(folders[kind])
@@ -181,66 +177,7 @@ def test_pictures_without_their_token_types_are_refused(folders, pictures, kind)
         assert (right - wrong).abs().max() > 0.1
 
 
-def test_sizes_come_from_headers_and_bounds_from_the_recipe(folders, pictures, tmp_path):
-    """Number of tokens without pixels, within the bounds; the stock processor makes as many patches."""
-    backbone = open_backbone(folders["qwen2_5_vl"], BaseOptions(min_pixels=16 * 16, max_pixels=24 * 24))
-    names = [str(path) for path in pictures]
-    counts = backbone.picture_tokens(Path(), names)
-    assert counts.tolist() == [len(backbone.picture(path)["pixel_values"]) // 4 for path in pictures]
-    assert counts.min() >= 4 and counts.max() <= 9
-    assert open_backbone(folders["qwen2_5_vl"]).digest != backbone.digest
-    for least, most in ((0, 63), (100, 99), (1, 0)):
-        with pytest.raises(ValueError, match=r"min_pixels .* and max_pixels"):
-            open_backbone(folders["qwen2_5_vl"], BaseOptions(least, most))
-    turned = Image.open(pictures[0])
-    exif = turned.getexif()
-    exif[0x0112] = 6  # shown upright it would be 24 x 40
-    turned.save(tmp_path / "turned.png", exif=exif)
-    plain = open_backbone(folders["qwen2_5_vl"])
-    assert picture_sizes(tmp_path, ["turned.png", "absent.png"]).tolist() == [[40, 24], [0, 0]]
-    assert plain.picture(tmp_path / "turned.png")["image_grid_thw"].tolist() == [1, 6, 10]
-    assert plain.picture_tokens(tmp_path, ["turned.png", "absent.png"]).tolist() == [15, 1]
-
-
-def test_sizes_of_a_column_are_kept_until_pictures_are_looked_at_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLACA_CACHE", str(tmp_path / "cache"))
-    names = Texts.of([f"{number}.png" for number in range(3)])
-    for number in range(3):
-        Image.new("RGB", (8 + number, 9)).save(tmp_path / f"{number}.png")
-    assert picture_sizes(tmp_path, names).tolist() == [[8, 9], [9, 9], [10, 9]]
-    Image.new("RGB", (70, 9)).save(tmp_path / "1.png")
-    assert picture_sizes(tmp_path, names)[1].tolist() == [9, 9], "kept"
-    samples = [Sample(0, "s", (("<image>\nq", "a"),), "1.png", 2)]
-    columns = training_columns(samples, "last line", None)
-    look([columns], tmp_path)
-    assert picture_sizes(tmp_path, names)[1].tolist() == [70, 9]
-
-
-def test_a_picture_that_comes_back_has_its_size(tmp_path, monkeypatch):
-    """A folder that was away for a while, as one on a network, leaves no sizes of nothing behind."""
-    monkeypatch.setenv("LLACA_CACHE", str(tmp_path / "cache"))
-    names = Texts.of(["a.png", "b.png"])
-    Image.new("RGB", (8, 9)).save(tmp_path / "b.png")
-    assert picture_sizes(tmp_path, names).tolist() == [[0, 0], [8, 9]]
-    Image.new("RGB", (10, 9)).save(tmp_path / "a.png")
-    assert picture_sizes(tmp_path, names).tolist() == [[10, 9], [8, 9]]
-
-
-def test_a_picture_that_was_swapped_is_named(folders, pictures, tmp_path):
-    """In training by its record, in evaluation by its question."""
-    Image.open(pictures[0]).save(tmp_path / "a.png")
-    sample = Sample(0, "s0", (("<image>\nWhat?", "dog"),), str(tmp_path / "a.png"), 4)
-    model, backbone = load_base(folders["qwen3_vl"])
-    dataset = InstructionDataset.of_samples([sample], backbone, 512)
-    ids = encode_questions(backbone, ["<image>\nWhat?"], [tmp_path / "a.png"])
-    Image.open(pictures[2]).save(tmp_path / "a.png")
-    with pytest.raises(OSError, match=r"record 0 \(id 's0'\): .*a\.png takes 4 tokens and took 15"):
-        dataset[0]
-    with pytest.raises(UnreadablePicture, match=r"a\.png takes 4 tokens and took 15"):
-        list(answer_batches(Decoder(model, backbone, 3), ids, [tmp_path / "a.png"]))
-
-
-@STAGES
+@FAMILY
 def test_every_token_that_ends_a_text_ends_an_answer(folders, kind):
     """generation_config.json of the published checkpoints names two."""
     model, backbone = load_base(folders[kind])
@@ -255,36 +192,7 @@ def test_every_token_that_ends_a_text_ends_an_answer(folders, kind):
     assert decoder.answer(start, [ids[0, -2:].tolist()]) == [[]]
 
 
-def test_a_picture_that_the_base_cannot_take_is_named_by_the_check(folders, tmp_path):
-    """Longer than 200 times its width. In a run that goes on unchecked its record is left out."""
-    Image.new("RGB", (1, 201)).save(tmp_path / "line.png")
-    Image.new("RGB", (1, 200)).save(tmp_path / "limit.png")
-    backbone = open_backbone(folders["qwen2_5_vl"])
-    samples = [Sample(n, f"s{n}", (("<image>\nq?", "a"),), name, 2) for n, name in enumerate(("line.png", "limit.png"))]
-    columns = training_columns(samples, "last line", backbone.vocabulary)
-    [problem] = Reader(backbone, {"T": 512}).problems("T", columns, np.arange(2), tmp_path)
-    assert problem.record == 0 and problem.kind == "picture" and "more than 200 times as long" in problem.text
-    dataset = InstructionDataset(columns, backbone, 512, tmp_path)
-    assert [dataset.name(n) for n in range(len(dataset))] == ["record 1 (id 's1')"] and len(dataset.dropped) == 1
-    assert len(dataset[0]["pixel_values"]) // 4 == backbone.picture_tokens(tmp_path, ["limit.png"])[0]
-    with pytest.raises(OSError, match=r"line\.png cannot be used"):
-        backbone.picture(tmp_path / "line.png")
-
-
-def test_a_maximum_length_inside_the_picture_is_refused_and_one_behind_it_is_not(folders, pictures):
-    backbone = open_backbone(folders["qwen3_vl"])
-    [sample] = samples_of(pictures)[:1]
-    whole = InstructionDataset.of_samples([sample], backbone, 512)[0]["input_ids"]
-    last = whole.tolist().index(backbone.tokenizer.convert_tokens_to_ids("<|vision_end|>"))
-    with pytest.raises(DataError, match="cuts the picture"):
-        InstructionDataset.of_samples([sample], backbone, last - 1)
-    with pytest.raises(DataError, match="no part of an answer"):
-        InstructionDataset.of_samples([sample], backbone, last + 1)
-    cut = InstructionDataset.of_samples([sample], backbone, len(whole) - 1)
-    assert cut[0]["input_ids"].tolist() == whole[:-1].tolist()
-
-
-@STAGES
+@FAMILY
 def test_rows_beyond_the_vocabulary_can_be_answered(folders, kind):
     """An untrained row has no text; nothing breaks, and the tokens beside it are read."""
     model, backbone = load_base(folders[kind])
@@ -297,7 +205,7 @@ def test_rows_beyond_the_vocabulary_can_be_answered(folders, kind):
     assert generate_answers(Decoder(model, backbone, 1), ["Is it?"], [None]) == [""]
 
 
-@STAGES
+@FAMILY
 def test_six_steps_are_those_of_plain_transformers_and_peft(folders, pictures, kind, tmp_path):
     """LoRA and mergers, pictures and text: stock classes, torch's AdamW, the mean over a batch's supervised tokens."""
     samples = samples_of(pictures)[:6]
@@ -357,7 +265,7 @@ def drawn(trainer: LlavaTrainer) -> list[list[int]]:
     return found
 
 
-@STAGES
+@FAMILY
 def test_an_adapter_opens_with_stock_peft_and_merges(folders, pictures, kind, tmp_path):
     model, backbone = load_base(folders[kind])
     torch.manual_seed(1)
@@ -386,7 +294,7 @@ def test_an_adapter_opens_with_stock_peft_and_merges(folders, pictures, kind, tm
     assert generate_answers(Decoder(merged, reader, 6), asked, images) == answers
 
 
-@STAGES
+@FAMILY
 def test_a_tied_head_keeps_its_weights_under_lora_and_merge(kind, pictures, tmp_path):
     """PEFT would add an adapter on a tied head twice; none is put there."""
     folder = make_qwen(tmp_path / "base", kind, tied=True)
@@ -412,7 +320,7 @@ def test_a_tied_head_keeps_its_weights_under_lora_and_merge(kind, pictures, tmp_
         backbone.merge(folder, tmp_path / "head", tmp_path / "never", None)
 
 
-@STAGES
+@FAMILY
 def test_a_connector_that_does_not_train_stays_and_is_not_asked_for(folders, pictures, kind):
     model, backbone = load_base(folders[kind], options=BaseOptions(train_connector=False))
     model = attach_lora(model, backbone, 4, 8, 0.0)
@@ -422,7 +330,7 @@ def test_a_connector_that_does_not_train_stays_and_is_not_asked_for(folders, pic
         assert backbone.answer_loss(model, batch) > 0
 
 
-@STAGES
+@FAMILY
 def test_a_batch_without_pictures_reaches_every_trained_tensor_and_changes_nothing(folders, pictures, kind):
     model, backbone = load_base(folders[kind])
     model = attach_lora(model, backbone, 4, 8, 0.0)
@@ -437,7 +345,7 @@ def test_a_batch_without_pictures_reaches_every_trained_tensor_and_changes_nothi
         assert "lora_" in name or not weight.grad.any()
 
 
-@STAGES
+@FAMILY
 def test_nf4_trains_the_adapter_of_the_language_models_blocks(kind, pictures, tmp_path):
     folder = make_qwen(tmp_path / "base", kind, width=64)
     model, backbone = load_base(folder, quantization="nf4")
@@ -460,7 +368,7 @@ def test_what_a_family_does_not_have_is_refused_by_name(folders, tiny_base):
         backbone.template.prompt("What is <|image_pad|>?")
 
 
-@STAGES
+@FAMILY
 def test_a_folder_that_does_not_fit_together_is_refused_by_name(kind, tmp_path):
     folder = make_qwen(tmp_path / "base", kind)
     settings = (folder / "preprocessor_config.json").read_text()
@@ -479,7 +387,7 @@ def test_a_folder_that_does_not_fit_together_is_refused_by_name(kind, tmp_path):
         open_backbone(folder)
 
 
-@STAGES
+@FAMILY
 def test_a_blank_model_has_the_shapes_of_a_loaded_one(folders, kind):
     blank, backbone = blank_model(folders[kind], torch.float32)
     whole, loaded = load_base(folders[kind])
