@@ -40,6 +40,8 @@ def reference(scoring: str, generator):
     if scoring in ("grounding", "box"):
         return Region(box(generator), generator.choice([1, 480, 640.0]))
     said = [words(generator, 2) for _ in range(generator.randint(1, 3))]
+    if scoring == "rouge":
+        return tuple(said)
     people = tuple(generator.choice(said) for _ in range(10)) if generator.random() < 0.7 else ()
     return Answer(said[0], people if scoring != "textvqa" else people or (said[0],) * 10)
 
@@ -55,7 +57,7 @@ def answer(task, truth, generator) -> str:
         )
     if isinstance(truth, Region):
         return generator.choice([truth.answer, truth.answer[1:-1], truth.answer + ".", box(generator)])
-    near = generator.choice([truth.answer, *getattr(truth, "annotators", ())])
+    near = generator.choice(truth if isinstance(truth, tuple) else [truth.answer, *getattr(truth, "annotators", ())])
     return generator.choice([str, str.upper, str.strip])(near) + generator.choice(["", ".", " ", "\n", "s"])
 
 
