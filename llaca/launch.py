@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 
 from data.check import check_benchmark
-from data.mini.build import build, is_built
+from data.mini import build as coin_mini
+from data.mini import text_stream as dialog_mini
 from llaca import machine
 from llaca.config import DEFAULT_RECIPE, Recipe, load_recipe
 from llaca.fields import read_text
@@ -26,7 +27,7 @@ from llava.check import reader_of
 
 OTHER_WORK = {"data_root", "stream", "tasks", "base", "epochs", "max_train_samples", "smoke"}  # than a recipe's minutes
 DEFAULT_METHODS = ("lora", "llaca")
-MINI = Path("data/coin_mini")
+GENERATED = {Path("data/coin_mini"): coin_mini, Path("data/dialog_mini"): dialog_mini}
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
@@ -137,13 +138,13 @@ def commands(arguments: list[str]) -> list[tuple[Recipe, list[str]]]:
 
 
 def prepare_data(recipe: Recipe) -> None:
-    """Draws CoIN-mini if the recipe asks for it and it is not there, and checks the recipe's benchmark.
+    """Makes a generated benchmark if the recipe asks for it and it is not there, and checks the recipe's benchmark.
 
     Raises ValueError with the report of a check that fails, unless the recipe goes on unchecked.
     """
-    stream = recipe.stream
-    if Path(stream.data_root) == MINI and not is_built(MINI):
-        build(MINI)
+    stream, root = recipe.stream, Path(recipe.stream.data_root)
+    if root in GENERATED and not GENERATED[root].is_built(root):
+        GENERATED[root].build(root)
     if not Path(stream.data_root).is_dir():
         raise FileNotFoundError(f"{stream.data_root} is no folder: correct data_root, or lay the benchmark there")
     lengths = {task: recipe.for_stage((task,)).max_length for task in stream.tasks}

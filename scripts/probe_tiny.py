@@ -1,7 +1,8 @@
 """Probes what a tiny base can do before any LoRA: `python -m scripts.probe_tiny [--base DIR] [--per-skill N]`.
 
 Asks fresh questions of the pre-training corpus, one skill at a time, and compares the answers: a choice by its letter,
-a place by IoU > 0.5, everything else word for word. Prints accuracies in percent; --json FILE also writes them.
+a place by IoU > 0.5, everything else word for word. A base without pictures is asked the simple tasks that come before
+Dialog-mini. Prints accuracies in percent; --json FILE also writes them.
 """
 
 import argparse
@@ -13,7 +14,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from data.mini import corpus
+from data.mini.dialogues import FIRST
 from data.mini.world import draw
+from data.prepare.instructions import prompt
 from eval.tasks.grounding import intersection_over_union
 from llava.backbones import load_base
 from llava.generate import generate_answers
@@ -83,6 +86,15 @@ def questions(per_skill: int, folder: Path, seed: int) -> dict[str, list[tuple[s
     return {name: found[name] for name in names}
 
 
+def text_questions(per_skill: int, seed: int) -> dict[str, list[tuple[str, str, None]]]:
+    """`per_skill` (question, expected answer, None) of every simple task."""
+    rng, found = random.Random(seed), {}
+    for name, task in FIRST.items():
+        made = [task.make(rng) for _ in range(per_skill)]
+        found[name] = [(prompt(rng.choice(task.definitions), [], asked), said, None) for asked, said in made]
+    return found
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -93,7 +105,10 @@ def main() -> None:
     args = parser.parse_args()
     model, backbone = load_base(args.base)
     with tempfile.TemporaryDirectory() as folder:
-        cases = questions(args.per_skill, Path(folder), args.seed)
+        if backbone.template.placeholder is None:
+            cases = text_questions(args.per_skill, args.seed)
+        else:
+            cases = questions(args.per_skill, Path(folder), args.seed)
         texts, _, images = zip(*(case for rows in cases.values() for case in rows), strict=True)
         answers = iter(generate_answers(Decoder(model, backbone, 40), texts, images, 64))
     scores = {}

@@ -7,7 +7,9 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
@@ -33,6 +35,21 @@ from data.mini.tasks import TASKS
 from data.mini.world import AUTHORS, COLORS, GENRES, GLYPHS, GRID, SHAPES, SIDE, SIGNS, TITLES, Scene, draw
 from llava.backbones.llava15 import PLACEHOLDER, SYSTEM, VICUNA
 from llava.backbones.qwen_vl import Qwen3VL, Qwen25VL
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of pre-training: `steps` unless the family has others, `batch` samples a process and step; `side` weighs
+    the patch loss; `text_share` of the samples have no picture; `echo`: half of these are words to repeat."""
+
+    steps: int
+    lr: float
+    batch: int
+    vision_lr: float = 0.0
+    side: float = 0.0
+    text_share: float = 0.0
+    echo: bool = False
+
 
 PATCH = 8  # pixels along a square that is one token
 NAMES = [
@@ -231,6 +248,7 @@ class TinyQwen25:
     family = Qwen25VL
     template = Qwen25VL.template
     width = TEXT["hidden_size"]
+    steps: ClassVar = {"vision": 3000, "whole": 3000, "finish": 1000}  # an hour, like LLaVA's more
 
     def __init__(self, folder: Path):
         self.folder = folder

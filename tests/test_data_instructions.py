@@ -16,7 +16,7 @@ from data.records import instruction_of, load_samples
 from eval.tasks import task_of
 from eval.tasks.rouge import rouge_l
 
-INSTRDIALOG = list(open_benchmark(".", STREAMS["instrdialog"]).tasks)
+INSTRDIALOG = list(open_benchmark(".", STREAMS["instrdialog"].description).tasks)
 
 
 def write_tasks(folder: Path, count: int = 120) -> Path:
@@ -82,7 +82,7 @@ def test_the_prompt_is_tk_instructs():
 
 def test_at_most_five_hundred_are_trained_on_and_the_seed_draws_them(tmp_path):
     source = write_tasks(tmp_path / "tasks", 700) / f"{INSTRDIALOG[3]}.json"
-    one, again, other = (rows_of(INSTRDIALOG[3], source, 2, seed) for seed in (0, 0, 1))
+    one, again, other = (rows_of(INSTRDIALOG[3], source, STREAMS["instrdialog"], 2, seed) for seed in (0, 0, 1))
     assert len(one["train"]) == 500 and one == again
     assert one["test"] == other["test"] and one["train"] != other["train"]
 

