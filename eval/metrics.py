@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 KEYS = ("Avg.ACC", "Forgetting", "New.ACC", "MAA", "BWT")
+TEXT_KEYS = ("AR", "FWT (no base)", "BWT (T-1)")  # of text streams: Table 8's AR, FWT and BWT
 DEFINITIONS = {
     "Avg.ACC": "mean accuracy over all tasks after the last stage; higher is better",
     "Forgetting": "mean over all tasks but the last of (best accuracy at any stage before the last, from the "
@@ -23,6 +24,11 @@ DEFINITIONS = {
     "(accuracy after the task's own stage) (CoIN); negative is forgetting",
     "FWT": "mean over all tasks but the first of (accuracy right before the task's own stage) - (accuracy of the base "
     "model); higher is better",
+    "AR": "mean ROUGE-L over all tasks after the last stage; higher is better",
+    "FWT (no base)": "mean over all tasks but the first of the ROUGE-L right before the task's own stage (Table 8's "
+    "FWT, from which nothing is subtracted); higher is better",
+    "BWT (T-1)": "mean over all tasks but the last of (ROUGE-L after the last stage) - (ROUGE-L after the task's own "
+    "stage) (Table 8's BWT); negative is forgetting",
 }
 
 
@@ -81,6 +87,21 @@ def forward_transfer(full: np.ndarray, base: np.ndarray) -> float:
     `full` (T, T) has values above the diagonal, too; `base` (T,) is the accuracy before the first stage.
     """
     return float((np.diag(full, 1) - base[1:]).mean())
+
+
+def text_figures(full: np.ndarray) -> dict[str, float | None]:
+    """TEXT_KEYS of a (T, T) matrix of ROUGE-L, or of the single row of a run without stages.
+
+        AR = 1/T sum_i a[T, i]     FWT = 1/(T-1) sum_{i>1} a[i-1, i]     BWT = 1/(T-1) sum_{i<T} ( a[T, i] - a[i, i] )
+
+    None where a cell is missing.
+    """
+    average = float(full[-1].mean())
+    if len(full) == 1:
+        found = (average, np.nan, np.nan)
+    else:
+        found = (average, float(np.diag(full, 1).mean()), float((full[-1] - np.diag(full))[:-1].mean()))
+    return {key: None if np.isnan(value) else value for key, value in zip(TEXT_KEYS, found, strict=True)}
 
 
 def summarise(A: np.ndarray, tasks: Sequence[str]) -> dict[str, float | dict[str, float | None] | None]:

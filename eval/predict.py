@@ -42,7 +42,7 @@ from llava.generate import UnreadablePicture, answer_batches
 from llava.greedy import Decoder
 
 BASE = "base"  # stands for the base model, before any stage
-CELLS = ("final", "diagonal", "triangle", "full")
+CELLS = ("final", "diagonal", "triangle", "next", "full")
 Row = tuple[str, dict[str, str]]  # (stage, {task: stage whose parameters answer it})
 
 
@@ -51,7 +51,8 @@ class EvaluatedRun:
     """A run folder as evaluation sees it: only stages that are DONE. `cells` is one of CELLS:
 
     final: the last row; diagonal: that and each task right after its own stage; triangle: every stage and the tasks
-    trained so far; full: every stage and every task, and the base model. `scoring` is one of eval.tasks.MODES.
+    trained so far; next: that and the task whose turn is next; full: every stage and every task, and the base model.
+    `scoring` is one of eval.tasks.MODES.
     """
 
     folder: Path
@@ -99,7 +100,8 @@ class EvaluatedRun:
             seen += stage.tasks
             pool = Pool.from_json((stage.folder / "codebook.json").read_text(encoding="utf-8"))
             row, last = {}, stage is self.stages[-1]
-            for task in self.tasks if self.cells == "full" else seen:
+            ahead = {"full": len(self.tasks), "next": len(seen) + 1}.get(self.cells, len(seen))
+            for task in self.tasks[:ahead]:
                 if self.cells in ("final", "diagonal") and not last and task not in stage.tasks:
                     continue
                 if self.cells == "final" and not last:

@@ -29,12 +29,13 @@ from eval.figures import (
     beta_moves,
     beta_over_steps,
 )
-from eval.metrics import forward_transfer
+from eval.metrics import forward_transfer, text_figures
 from eval.predict import BASE, EvaluatedRun, answer_share, arguments, chosen_runs, merge_parts
 from eval.run_statistics import fallback_notes, format_notes, majority_notes, run_statistics, scoring_notes, stories
 from eval.score import QuestionSet, TaskScore, majority_score, read_answers, score_task
 from eval.tables import Table, method_row, read_matrix, results_table, write_matrix, write_metrics
-from eval.tasks import MODES
+from eval.tasks import MODES, task_of
+from eval.tasks.rouge import RougeL
 from llaca import machine
 
 ALONE = 4000  # questions that one process answers about as fast as two, which have to start first
@@ -110,6 +111,8 @@ def score_run(run: EvaluatedRun) -> dict:
         whole.to_csv(folder / "matrix_full.csv", index_label="stage", float_format="%.10g")
         if len(A) > 1:
             extra["FWT"] = forward_transfer(whole.loc[stages].to_numpy(), whole.loc[BASE].to_numpy())
+    if all(isinstance(task_of(run.recipe.stream.data_root, task), RougeL) for task in tasks):
+        extra |= text_figures(whole.loc[stages, tasks].to_numpy())
     metrics = write_metrics(folder / "metrics.json", A, tasks, extra)
     last = {task: scores[stages[-1], task] for task in tasks}
     told = {"format": {task: score.format_rate for task, score in last.items()}}

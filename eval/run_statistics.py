@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 
+from eval.metrics import KEYS, TEXT_KEYS
 from eval.predict import EvaluatedRun
 from eval.score import Majority
 
@@ -32,7 +33,7 @@ def run_statistics(methods: dict[str, list[EvaluatedRun]], metrics: dict[str, di
                 "trained parameters": most(told, "trained_parameters"),
                 "seconds per step": sum(story["seconds"] for story in told) / steps if steps else None,
                 "peak GB": most(told, "peak_memory_bytes", 1e9),
-                **{key: metrics[run.name][key] for key in ("Avg.ACC", "Forgetting", "New.ACC", "MAA", "BWT")},
+                **{key: metrics[run.name][key] for key in (*KEYS, *TEXT_KEYS) if key in metrics[run.name]},
                 "averaged stages": len(averaged),
                 **{
                     key: np.average([s[key] for s in averaged], weights=[s["steps"] for s in averaged])
@@ -84,7 +85,7 @@ def costs(behind: pd.DataFrame) -> str:
 def differences(behind: pd.DataFrame, pairs: dict[str, list[str]]) -> str:
     """Row minus row of `run_statistics`, seed by seed, as a GitHub table: mean ± sample standard deviation, in
     points."""
-    metrics = ("Avg.ACC", "Forgetting", "New.ACC")
+    metrics = TEXT_KEYS if "AR" in behind else ("Avg.ACC", "Forgetting", "New.ACC")
     lines = [["", "Difference", *metrics, "Seeds"], ["---", "---", *["---:"] * 4]]
     for words, (one, other) in pairs.items():
         own, foil = (behind[behind["method"] == label].set_index("seed") for label in (one, other))

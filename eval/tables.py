@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eval.metrics import DEFINITIONS, check_matrix, summarise
+from eval.metrics import DEFINITIONS, TEXT_KEYS, check_matrix, summarise
 from eval.tasks import TASKS
 
 PAPER_TABLE_1 = Path(__file__).parent / "paper" / "table1_llava7b.csv"
 TABLE_METRICS = ("Avg.ACC", "Forgetting", "New.ACC")
-ALL_METRICS = (*TABLE_METRICS, "FWT")  # the last only where a row has it: it needs the whole matrix
+ALL_METRICS = (*TABLE_METRICS, "FWT", *TEXT_KEYS)  # FWT only where a row has it: it needs the whole matrix
 BASELINE_LABEL = "Question-only majority"
 EMPTY = "-"
 _CSV_DIGITS = 10  # digits enough for every accuracy a test set can have, few enough to hide binary noise
@@ -102,7 +102,7 @@ def method_row(method: str, runs: Sequence[Mapping[str, Any]]) -> Row:
 def baseline_row(baseline: Mapping[str, float]) -> Row:
     """The question-only majority baseline (percent by task) as a row; it neither learns nor forgets."""
     average = sum(baseline.values()) / len(baseline)
-    mean = dict(baseline) | {**dict.fromkeys(ALL_METRICS), "Avg.ACC": average}
+    mean = dict(baseline) | {**dict.fromkeys(ALL_METRICS), "Avg.ACC": average, "AR": average}
     return Row(BASELINE_LABEL, mean, {})
 
 
@@ -110,7 +110,11 @@ def paper_rows(path: Path = PAPER_TABLE_1) -> list[Row]:
     """The rows the paper prints, as read from its table."""
     frame = pd.read_csv(path).set_index("method")
     return [
-        Row(f"{method} (paper)", {"FWT": None} | {k: None if pd.isna(v) else v for k, v in row.items()}, {})
+        Row(
+            f"{method} (paper)",
+            dict.fromkeys(ALL_METRICS) | {k: None if pd.isna(v) else v for k, v in row.items()},
+            {},
+        )
         for method, row in frame.to_dict("index").items()
     ]
 
@@ -166,7 +170,8 @@ class Table:
 
 
 def results_table(rows: Sequence[Row], baseline: Mapping[str, float], paper: bool = False) -> Table:
-    """The layout of the paper's table 1: method, final accuracy on each task, Avg.ACC, Forgetting, New.ACC.
+    """The layout of the paper's table 1: method, final accuracy on each task, Avg.ACC, Forgetting, New.ACC; of a text
+    stream's rows, Table 8's AR, FWT and BWT instead.
 
     `baseline` is the question-only majority accuracy in percent by task; its row stands below the methods,
     and with `paper` the paper's own rows below that. Tasks stand in the canonical order, whatever the
@@ -177,7 +182,8 @@ def results_table(rows: Sequence[Row], baseline: Mapping[str, float], paper: boo
     for row in lines:
         if differing := sorted(set(row.mean) ^ {*tasks, *ALL_METRICS}):
             raise ValueError(f"{row.label}: differs from the baseline's tasks in {', '.join(differing)}")
-    metrics = [m for m in ALL_METRICS if m in TABLE_METRICS or any(row.mean[m] is not None for row in rows)]
+    told = {metric for metric in ALL_METRICS if any(row.mean[metric] is not None for row in rows)}
+    metrics = TEXT_KEYS if "AR" in told else [m for m in ALL_METRICS if m in TABLE_METRICS or m in told]
     return Table(tuple(lines), (*tasks, *metrics), table_notes(rows, metrics))
 
 
@@ -189,7 +195,7 @@ def canonical_order(tasks: Iterable[str]) -> list[str]:
 
 def table_notes(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[str, ...]:
     """What the columns mean: one line each, and one on the spread where there are seeds."""
-    notes = ["Task columns: accuracy in percent after the last stage."]
+    notes = [f"Task columns: {'ROUGE-L' if 'AR' in metrics else 'accuracy'} in percent after the last stage."]
     notes += [f"{metric}: {DEFINITIONS[metric]}." for metric in metrics]
     notes += [
         f"{BASELINE_LABEL}: answers every question with the most frequent training answer to its text, "

@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from eval.predict import EvaluatedRun, open_run
+from eval.predict import CELLS, EvaluatedRun, open_run
 from eval.report import answer, baseline, draw, score_run, write_table
 from eval.run_statistics import costs, differences, fallback_notes, format_notes, run_statistics, scoring_notes
 from eval.tables import ALL_METRICS, Row, method_row, results_table
@@ -49,11 +49,17 @@ def recipe_of(study: dict[str, Any], mini: bool) -> Path:
     return CONFIGS / f"{study['mini' if mini else 'recipe']}.yaml"
 
 
-def command_lines(study: dict[str, Any], recipe: Path, seeds: Sequence[int], more: list[str]) -> dict[str, list[list]]:
+def command_lines(
+    study: dict[str, Any], mini: bool, seeds: Sequence[int], more: list[str]
+) -> dict[str, list[list[str]]]:
     """The arguments of llaca.train by row, a list a seed."""
+    recipe = recipe_of(study, mini)
     common = ["--recipe", str(recipe), *shlex.split(study.get("flags", ""))]
     return {
-        label: [[*common, *shlex.split(row["flags"]), *more, "--seed", str(seed)] for seed in seeds]
+        label: [
+            [*common, *shlex.split((mini and row.get("mini")) or row["flags"]), *more, "--seed", str(seed)]
+            for seed in seeds
+        ]
         for label, row in study["rows"].items()
     }
 
@@ -74,6 +80,11 @@ def printed_rows(study: dict[str, Any], tasks: Sequence[str]) -> dict[str, Row]:
         return {}
     frame = pd.read_csv(PAPER / study["paper"], dtype={0: str})
     key = frame.columns[0]
+    if "AR" in frame:  # Table 8, whose FWT and BWT are not those of the other tables
+        short = {"AR": "AR", "FWT": "FWT (no base)", "BWT": "BWT (T-1)"}
+        frame = frame.rename(
+            columns={f"{name}{end}": f"{own}{end}" for name, own in short.items() for end in ("", "_sd")}
+        )
     if "row" in frame:  # Table 7 prints New.ACC on a line of its own
         frame = frame.set_index([key, "row"])
         final = frame.xs("final", level="row")
@@ -88,7 +99,11 @@ def printed_rows(study: dict[str, Any], tasks: Sequence[str]) -> dict[str, Row]:
                 column: None if pd.isna(numbers.get(column)) else float(numbers[column])
                 for column in (*tasks, *ALL_METRICS)
             }
-            found[label] = Row(f"  printed: {row['paper']}", mean, {})
+            spread = {column: numbers.get(f"{column}_sd") for column in mean}
+            deviation = {
+                column: float(value) for column, value in spread.items() if value is not None and pd.notna(value)
+            }
+            found[label] = Row(f"  printed: {row['paper']}", mean, deviation)
     return found
 
 
@@ -99,8 +114,7 @@ def reproduce(name: str, options: argparse.Namespace, more: list[str]) -> str:
         if unknown := [row for row in options.rows if row not in study["rows"]]:
             raise ValueError(f"{name} has no row '{unknown[0]}'; it has {', '.join(study['rows'])}")
         study["rows"] = {label: study["rows"][label] for label in options.rows}
-    recipe = recipe_of(study, options.mini)
-    lines = command_lines(study, recipe, options.seeds, ["--runs-dir", str(options.runs_dir), *more])
+    lines = command_lines(study, options.mini, options.seeds, ["--runs-dir", str(options.runs_dir), *more])
     recipes = {label: [load_recipe(line) for line in own] for label, own in lines.items()}
     every = [recipe for own in recipes.values() for recipe in own]
     for asked in every:
@@ -120,7 +134,7 @@ def reproduce(name: str, options: argparse.Namespace, more: list[str]) -> str:
     if status := run_all([launcher.line(line) for line in waiting], side_by_side):
         sys.exit(status)
     folders = {label: [Path(r.run.runs_dir) / r.run.run for r in own] for label, own in recipes.items()}
-    runs = {label: [open_run(folder, options.split) for folder in own] for label, own in folders.items()}
+    runs = {label: [open_run(folder, options.split, options.cells) for folder in own] for label, own in folders.items()}
     for run in (run for own in runs.values() for run in own):
         run.scoring = options.scoring
     return table(study, runs, options, time.monotonic() - start)
@@ -182,7 +196,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--scoring", choices=MODES, default="official", help="of answers, see docs/BENCHMARKS.md")
     batch = "questions answered at once by one process; default: what the GPU's free memory holds, without a GPU 64"
     parser.add_argument("--eval-batch-size", dest="batch_size", type=int, help=batch)
-    parser.set_defaults(cells="triangle")
+    parser.add_argument("--cells", choices=CELLS, default="triangle", help="of the accuracy matrix")
     rest = sys.argv[1:] if given is None else list(given)
     name = parser.parse_known_args(rest)[0].study
     rest.remove(name)

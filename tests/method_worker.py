@@ -33,6 +33,8 @@ def memory_of(name: str, model: torch.nn.Module) -> dict:
     if name in ("agem", "replay"):  # replay: whole steps on any number of ranks
         return {"buffer": {"old": [0, 2, 5, 11, 14, *([1, 7, 8] if name == "replay" else [])]}}
     generator, weights = torch.Generator().manual_seed(3), trainable_parameters(model)
+    if name == "l2":
+        return {"anchor": {key: weight.detach() + 0.1 for key, weight in weights.items()}}
     if name in ("ewc", "cofima"):
         fisher = {key: 1e-4 * torch.rand(weight.shape, generator=generator) for key, weight in weights.items()}
         anchor = {key: weight.detach() + 0.1 for key, weight in weights.items()}

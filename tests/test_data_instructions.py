@@ -123,3 +123,10 @@ def test_the_command_is_the_module(tmp_path):
     line = [sys.executable, "-m", "data.prepare.instructions", "--source", str(tmp_path), "--root", str(tmp_path / "r")]
     done = subprocess.run(line, capture_output=True, text=True, cwd=Path(instructions.__file__).parents[2])
     assert done.returncode == 1 and "task848_pubmedqa_classification.json cannot be read" in done.stderr
+
+
+def test_every_stream_can_be_described():
+    counts = {name: len(open_benchmark(".", stream.description).tasks) for name, stream in STREAMS.items()}
+    assert counts == {"instrdialog": 19, "instrdialog_first": 100, "dialog_mini": 8}
+    first = open_benchmark(".", STREAMS["instrdialog_first"].description).tasks
+    assert not set(first) & set(INSTRDIALOG), "what is learnt before is not the stream"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.metrics import check_matrix, forward_transfer, summarise
+from eval.metrics import check_matrix, forward_transfer, summarise, text_figures
 
 PAPER = Path(__file__).parents[1] / "eval" / "paper" / "table1_llava7b.csv"
 NAN = float("nan")
@@ -79,6 +79,15 @@ def test_a_figure_that_lacks_a_cell_is_none():
 def test_forward_transfer_by_hand():
     full = np.array([[80, 20, 5], [85, 60, 35], [50, 66, 70]], dtype=float)
     assert forward_transfer(full, np.array([1.0, 10, 20])) == pytest.approx(((20 - 10) + (35 - 20)) / 2)
+
+
+def test_text_figures_by_hand():
+    full = np.array([[80, 20, NAN], [85, 60, 35], [50, 66, 70]], dtype=float)
+    expected = {"AR": 62, "FWT (no base)": (20 + 35) / 2, "BWT (T-1)": ((50 - 80) + (66 - 60)) / 2}
+    assert text_figures(full) == pytest.approx(expected)
+    full[0, 1] = NAN
+    assert text_figures(full)["FWT (no base)"] is None and text_figures(full)["BWT (T-1)"] == pytest.approx(-12)
+    assert text_figures(full[-1:]) == {"AR": pytest.approx(62), "FWT (no base)": None, "BWT (T-1)": None}
 
 
 def test_input_is_left_alone():

@@ -216,6 +216,7 @@ def test_which_cells_are_answered(trained, tmp_path):
     assert rows("final") == [(science, []), (text, []), (gqa, everything)]
     assert rows("diagonal") == [(science, ["ScienceQA"]), (text, ["TextVQA"]), (gqa, everything)]
     assert rows("triangle") == [(science, ["ScienceQA"]), (text, ["ScienceQA", "TextVQA"]), (gqa, everything)]
+    assert rows("next") == [(science, ["ScienceQA", "TextVQA"]), (text, everything), (gqa, everything)]
     assert rows("full") == [(stage, everything) for stage in (BASE, science, text, gqa)]
 
 

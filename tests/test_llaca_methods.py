@@ -106,6 +106,26 @@ def test_ewc_pulls_as_the_closed_form_of_all_earlier_tasks(view, kind):
         torch.testing.assert_close(gradient, 3 * both.detach(), rtol=1e-4, atol=1e-7)
 
 
+def test_l2_is_the_squared_distance_from_the_last_tasks_weights(view):
+    method = method_of("l2", "--penalty", "0.3")
+    method.stage = view
+    method.recall({})
+    assert method.loss(None, None, None) is None
+    for task in range(2):
+        moved(view, 0.05, task)
+        anchor = {name: weight.detach().clone() for name, weight in view.weights().items()}
+        method.after_task(layout_of(view).shards(), Path())
+        method.recall(method.memory())
+    assert method.loss(None, None, None).item() == 0, "nothing has moved yet"
+    moved(view, 0.1, 9)
+    far = sum((weight.detach() - anchor[name]).double().norm() ** 2 for name, weight in view.weights().items())
+    term = method.loss(None, None, None)
+    assert term.item() == pytest.approx(0.3 * far.item(), rel=1e-5)
+    gradients = torch.autograd.grad(term, list(view.weights().values()))
+    for gradient, (name, weight) in zip(gradients, view.weights().items(), strict=True):
+        torch.testing.assert_close(gradient, 0.6 * (weight - anchor[name]).detach(), rtol=1e-5, atol=1e-8)
+
+
 def test_lwf_is_scipys_kl_between_the_weights_at_the_start_and_now(view):
     words = [
         word for word in range(view.model.config.text_config.vocab_size) if word != view.model.config.image_token_id
@@ -191,7 +211,7 @@ def test_replay_takes_its_records_from_the_earlier_tasks_own(view, tiny, tiny_da
 
 
 def test_a_memory_that_is_lost_stops_the_run(tmp_path):
-    for name in ("replay", "agem", "ewc", "pgp", "cofima"):
+    for name in ("replay", "agem", "ewc", "l2", "pgp", "cofima"):
         who = METHODS[name].__name__
         with pytest.raises(FileNotFoundError, match=f"method.pt is not there: what {who} has to know"):
             handed_on(method_of(name), tmp_path)
@@ -220,8 +240,8 @@ def test_joined_records_are_those_of_the_datasets(view):
 
 @pytest.mark.parametrize(
     ("name", "line"),
-    [("ewc", ["--penalty", "0"]), ("lwf", ["--penalty", "0"]), ("replay", ["--memory_records", "0"]),
-     ("coma", ["--merge_weight", "1"])],
+    [("ewc", ["--penalty", "0"]), ("l2", ["--penalty", "0"]), ("lwf", ["--penalty", "0"]),
+     ("replay", ["--memory_records", "0"]), ("coma", ["--merge_weight", "1"])],
 )  # fmt: skip
 def test_without_strength_every_method_is_lora_bit_for_bit(arguments, name, line):  # noqa: F811
     runs = [[*arguments[:-1], name, "--method", name, *line], [*arguments[:-1], "lora", "--method", "lora"]]
@@ -238,7 +258,7 @@ def test_an_oracle_starts_every_task_fresh_and_answers_with_its_own(arguments): 
     assert last == {"ScienceQA": "01-ScienceQA", "TextVQA": "02-TextVQA", "GQA": "03-GQA"}
 
 
-@pytest.mark.parametrize("name", ["ewc", "lwf", "cofima", "replay"])
+@pytest.mark.parametrize("name", ["ewc", "l2", "lwf", "cofima", "replay"])
 def test_methods_with_memory_train_and_hand_it_on(arguments, name):  # noqa: F811
     """Three stages with grouping: the third continues the second's group, and its memory."""
     folder = run(load_recipe([*arguments, "--method", name, "--grouping", "true"]))
@@ -267,7 +287,7 @@ def test_eproj_trains_a_projector_for_every_group_and_nothing_else(arguments):  
     assert {own["trained_parameters"] for own in told.values()} == {sum(gqa[name].numel() for name in apart)}
 
 
-@pytest.mark.parametrize("name", ["ewc", "agem", "pgp", "cofima", "replay"])
+@pytest.mark.parametrize("name", ["ewc", "l2", "agem", "pgp", "cofima", "replay"])
 def test_a_stage_recalls_the_memory_of_its_group_not_of_the_latest_stage(arguments, monkeypatch, name):  # noqa: F811
     """TextVQA, ScienceQA, GQA: the third stage continues the first one's group."""
     seen, recall = {}, METHODS[name].recall

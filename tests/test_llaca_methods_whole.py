@@ -87,7 +87,7 @@ def test_a_qwen_base_trains_goes_on_and_answers(arguments, tmp_path, monkeypatch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 HALF = ("agem.bf16", "pgp.bf16", "ewc.bf16")
-COMPUTED = ("agem", "cofima", "coma", "ewc", "lwf", "model_tailor", "moelora", "pgp", "replay")
+COMPUTED = ("agem", "cofima", "coma", "ewc", "l2", "lwf", "model_tailor", "moelora", "pgp", "replay")
 
 
 def work(base: Path, data: Path, out: Path, launch: list[str], methods: dict[str, tuple[str, ...]]) -> dict:
@@ -142,7 +142,7 @@ def test_two_processes_train_as_one(alone, together, zero):
 
 def test_in_bfloat16_alone(tiny_base, tiny_data, tmp_path):
     """As at 7B under DDP: what methods compute besides the trainer's own passes, they compute in bfloat16, too."""
-    names = [f"{name}.bf16" for name in ("agem", "cofima", "ewc", "lwf", "model_tailor", "pgp")]
+    names = [f"{name}.bf16" for name in ("agem", "cofima", "ewc", "l2", "lwf", "model_tailor", "pgp")]
     told = work(tiny_base, tiny_data, tmp_path / "told", [sys.executable], {"none": names})["none"]
     for name, one in told.items():
         assert one["moved"] > 0 and all(w.isfinite().all() for w in one["weights"].values()), name

@@ -2,6 +2,7 @@
 
     --source DIR      a folder of task files, as natural-instructions/tasks has them
     --stream NAME     instrdialog (default): CITB's InstrDialog (arXiv 2310.14510), 19 dialogue tasks in three orders;
+                      instrdialog_first: the 100 tasks that it tunes a model on before;
                       dialog_mini: the eight of data/mini/dialogues.py, as data.mini.text_stream writes them
     --examples N      of the task's positive examples in every prompt (default: 2)
     --seed S          draws the training records and, of several right outputs, the one that is learnt
@@ -39,6 +40,7 @@ class Stream(NamedTuple):
 
 STREAMS = {
     "instrdialog": Stream(DATA / "instrdialog" / "benchmark.yaml", evaluated=50, trained=500),
+    "instrdialog_first": Stream(DATA / "instrdialog" / "first.yaml", evaluated=25, trained=100),
     "dialog_mini": Stream(DATA / "mini" / "dialogues.yaml", evaluated=200, trained=1000),
 }
 

@@ -6,6 +6,7 @@ from llaca.methods.agem import AGEM
 from llaca.methods.base import WHOLE_TENSORS, Method
 from llaca.methods.eproj import EProj
 from llaca.methods.ewc import EWC
+from llaca.methods.l2 import L2
 from llaca.methods.llaca import FixedEMA, LLaCA
 from llaca.methods.lwf import LwF
 from llaca.methods.merging import CoFiMA, CoMA
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "lora_low_lr": LoraLowLr,
     "lora_per_task": LoraPerTask,
     "ewc": EWC,
+    "l2": L2,
     "lwf": LwF,
     "replay": Replay,
     "agem": AGEM,
