@@ -6,7 +6,7 @@ that of a causal language model without pictures.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -211,6 +211,18 @@ class Backbone(ABC):
         """Return -log p of a collated batch's answers: the summed cross entropy of its supervised tokens."""
         outputs, targets = self.answer_logits(model, batch)
         return self.token_loss(outputs.logits, targets)
+
+
+@contextmanager
+def embeddings_plus(model: nn.Module, what: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Adds what is made of the token embeddings, a number, to them meanwhile."""
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda embeddings, inputs, output: output + what(output).to(output.dtype)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

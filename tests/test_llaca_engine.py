@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from qwen_bases import KINDS, make_qwen
 from text_bases import make_text
+from vl_bases import QWEN as QWENS
+from vl_bases import make_vl
 
 from llaca.callbacks import MethodCallback
 from llaca.engines.deepspeed import DeepSpeed
@@ -61,14 +62,14 @@ def work(bases: list[Path], data: Path, folder: Path, launch: list[str], scenari
 
 @pytest.fixture(scope="module")
 def bases(tiny_base, tmp_path_factory) -> list[Path]:
-    """One of each family: LLaVA-1.5, Qwen2.5-VL, Qwen3-VL, T5."""
-    qwen = [make_qwen(tmp_path_factory.mktemp(kind), kind) for kind in KINDS]
-    return [tiny_base, *qwen, make_text(tmp_path_factory.mktemp("t5"), "t5")]
+    """One of each family: LLaVA-1.5, Qwen2.5-VL, Qwen3-VL, T5, InternVL."""
+    qwen, intern = [make_vl(tmp_path_factory.mktemp(kind), kind) for kind in QWENS], tmp_path_factory.mktemp("internvl")
+    return [tiny_base, *qwen, make_text(tmp_path_factory.mktemp("t5"), "t5"), make_vl(intern, "internvl")]
 
 
 QWEN = [f"{number}.{name}" for number in (1, 2) for name in ("plain", "turns")]
 FROZEN = ["1.gathered-frozen", "2.gathered-frozen"]  # their mergers stay as they are
-OTHERS = [*QWEN, "3.text", *FROZEN, "0.gathered"]
+OTHERS = [*QWEN, "3.text", "4.turns", *FROZEN, "0.gathered"]
 SCENARIOS = {
     "none": ["clipped", "unclipped", "plain", "bf16", "missing", "nan", *OTHERS],
     "0": [*OTHERS],
@@ -122,7 +123,7 @@ def test_two_processes_train_other_families_as_one(alone, together, zero):
     for name in OTHERS:
         assert told[name]["norms"] == pytest.approx(alone[name]["norms"], rel=5e-5), name
         assert told[name]["sum"] == pytest.approx(alone[name]["sum"], rel=1e-4, abs=1e-4), name
-        trains = name in QWEN or name == "0.gathered"
+        trains = name in QWEN or name in ("4.turns", "0.gathered")
         assert (told[name]["moved"]["projector"] > 0) == trains and told[name]["moved"]["lora"], name
     for number in (1, 2) if zero == "3" else ():
         assert told[f"{number}.sharded"]["norms"] == pytest.approx(alone[f"{number}.plain"]["norms"], rel=5e-5)

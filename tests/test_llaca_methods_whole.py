@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from qwen_bases import KINDS, make_qwen
 from test_llaca_train import adapters, arguments, mini  # noqa: F401
+from vl_bases import KINDS, make_vl
 
 from eval.report import main as report
 from eval.tables import read_matrix
@@ -72,7 +72,7 @@ def test_broken_off_inside_the_second_stage_and_started_again_gives_the_same_byt
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_qwen_base_trains_goes_on_and_answers(arguments, tmp_path, monkeypatch, kind):  # noqa: F811
     """Two stages with the average, broken off inside the second; then the matrix of accuracies."""
-    base = make_qwen(tmp_path / "base", kind)
+    base = make_vl(tmp_path / "base", kind)
     more = ["--base", str(base), "--reuse_vision_features", "false", "--method", "llaca", "--grouping", "false"]
     more += ["--tasks", "TextVQA", "GQA", "--save-steps", "1", "--max-pixels", "1024"]
     whole = run(load_recipe([*arguments[:-1], "whole", *more]))

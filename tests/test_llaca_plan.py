@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 from conftest import make_base
-from qwen_bases import KINDS, make_qwen
 from test_llaca_engine import ROOT, TORCHRUN, work
 from text_bases import make_text
+from vl_bases import KINDS, make_vl
 
 from llaca.config import CONFIGS, load_recipe
 from llaca.ema import DynamicAverage
@@ -77,7 +77,7 @@ def test_bytes_of_the_average_are_those_that_it_counts_itself(rule):
 @pytest.mark.slow
 def test_planned_bytes_are_those_of_real_steps(tiny_data, tmp_path):
     """All tensors of a process directly after a step, when activations and buffers are gone; of each family."""
-    bases = [make_base(tmp_path / "base", width=256), *(make_qwen(tmp_path / k, k, width=256) for k in KINDS)]
+    bases = [make_base(tmp_path / "base", width=256), *(make_vl(tmp_path / k, k, width=256) for k in KINDS)]
     bases.append(make_text(tmp_path / "t5", "t5", width=256))
     names = [f"{number}.bytes" for number in range(len(bases))]
     found = work(bases, tiny_data, tmp_path, [sys.executable], {"none": names})

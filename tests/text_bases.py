@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-from qwen_bases import make_tokenizer
 from safetensors.torch import save_file
 from transformers import (
     PreTrainedTokenizerBase,
@@ -16,6 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
     T5TokenizerFast,
 )
+from vl_bases import make_tokenizer
 
 KINDS = ("t5", "t5_v1_1", "qwen2", "qwen3")
 WORDS = ["What", "does", "the", "person", "say", "next", "in", "dialogue", "yes", "no", "maybe", "thank", "you", "dog",

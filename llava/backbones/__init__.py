@@ -12,6 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from llava.backbone import AS_IS, Backbone, BaseOptions
+from llava.backbones.internvl import InternVL
 from llava.backbones.llava15 import Llava15
 from llava.backbones.qwen_vl import Qwen3VL, Qwen25VL
 from llava.backbones.text import T5, Qwen2, Qwen3
@@ -21,6 +22,7 @@ FAMILIES: dict[str, type[Backbone]] = {
     "llava": Llava15,
     "qwen2_5_vl": Qwen25VL,
     "qwen3_vl": Qwen3VL,
+    "internvl": InternVL,
     "qwen2": Qwen2,
     "qwen3": Qwen3,
     "t5": T5,

@@ -20,7 +20,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaImageP
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from data.pictures import load_image
-from llava.backbone import Backbone, unwrapped
+from llava.backbone import Backbone, embeddings_plus, unwrapped
 from llava.conversation import Template
 from llava.features import FeatureCache, stored_features
 from llava.files import check_file, check_tokenizer
@@ -94,15 +94,11 @@ class Llava15(Backbone):
         """
         owner = unwrapped(model).model
 
-        def add(embeddings, inputs, output):
-            features = owner.get_image_features(pixel_values=_blank_pixels(owner)).pooler_output
-            return output + (features[0].sum() * 0.0).to(output.dtype)
+        def nothing(embeddings: torch.Tensor) -> torch.Tensor:
+            return owner.get_image_features(pixel_values=_blank_pixels(owner)).pooler_output[0].sum() * 0.0
 
-        handle = model.get_input_embeddings().register_forward_hook(add)
-        try:
+        with embeddings_plus(model, nothing):
             yield
-        finally:
-            handle.remove()
 
     def vision(self, model: nn.Module) -> nn.Module:
         """The vision tower."""

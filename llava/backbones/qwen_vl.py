@@ -27,7 +27,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data.pictures import load_image
 from data.sizes import picture_sizes
-from llava.backbone import AS_IS, Backbone, BaseOptions, unwrapped
+from llava.backbone import AS_IS, Backbone, BaseOptions, embeddings_plus, unwrapped
 from llava.conversation import Template
 from llava.files import check_file, check_tokenizer
 
@@ -167,19 +167,16 @@ class QwenVL(Backbone):
         owner, vision = unwrapped(model).model, self.config.vision_config
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
 
-        def add(embeddings, inputs, output):
+        def nothing(embeddings: Tensor) -> Tensor:
             merge = vision.spatial_merge_size
-            pixels = torch.zeros(merge**2, values, device=output.device, dtype=owner.visual.dtype)
-            grid = torch.tensor([[1, merge, merge]], device=output.device)
+            pixels = torch.zeros(merge**2, values, device=embeddings.device, dtype=owner.visual.dtype)
+            grid = torch.tensor([[1, merge, merge]], device=embeddings.device)
             seen = owner.get_image_features(pixels, grid, return_dict=True)
             parts = [*seen.pooler_output, *(level[0] for level in getattr(seen, "deepstack_features", None) or ())]
-            return output + sum(part.sum() * 0.0 for part in parts).to(output.dtype)
+            return sum(part.sum() * 0.0 for part in parts)
 
-        handle = model.get_input_embeddings().register_forward_hook(add)
-        try:
+        with embeddings_plus(model, nothing):
             yield
-        finally:
-            handle.remove()
 
     def connect(self, model: nn.Module, records: int, tokens: int, dtype: torch.dtype) -> None:
         """The mergers on records that are pictures all over, since a picture may take any number of tokens."""

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL through our path, against stock transformers with its own processor."""
+"""Qwen2.5-VL, Qwen3-VL and InternVL through our path, against stock transformers with its own processor."""
 
 import shutil
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from qwen_bases import KINDS, PADDING, make_qwen, stock_processor
 from torch.nn import functional
+from vl_bases import KINDS, PADDING, QWEN, make_vl, stock_processor
 
 from data.records import Sample
 from llava.adapters import adapter_state, attach_lora, save_adapter, trainable_parameters
@@ -22,15 +22,17 @@ from llava.greedy import Decoder
 from llava.prefix import Prefix
 from llava.trainer import LlavaTrainer, training_arguments
 
-SYSTEM = {"qwen2_5_vl": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", "qwen3_vl": ""}
+SYSTEM = {"qwen2_5_vl": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", "qwen3_vl": "", "internvl": ""}
 SIZES = [(40, 24), (24, 40), (16, 16), (200, 30), (5, 9)]  # the first two: as many tokens, other positions
 FAMILY = pytest.mark.parametrize("kind", KINDS)
+QWENS = pytest.mark.parametrize("kind", QWEN)
+PICTURE = dict.fromkeys(QWEN, "<|vision_start|><|image_pad|><|vision_end|>") | {"internvl": "<IMG_CONTEXT>\n"}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """A base of each family."""
-    return {kind: make_qwen(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
+    return {kind: make_vl(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def pictures(tmp_path_factory) -> list[Path]:
 
 def prompt_of(kind: str, question: str, shown: bool) -> str:
     """What the families' own chat templates make of a first question."""
-    picture = "<|vision_start|><|image_pad|><|vision_end|>" if shown else ""
+    picture = PICTURE[kind] if shown else ""
     return f"{SYSTEM[kind]}<|im_start|>user\n{picture}{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -143,10 +145,10 @@ def test_two_pictures_prefixes_are_held_at_once(folders, pictures, kind):
         stock = stock_inputs(folders[kind], kind, text, path)
         output = model.generate(**stock, do_sample=False, max_new_tokens=6)[0, stock["input_ids"].shape[1] :].tolist()
         assert tokens == [token for token in output if token != backbone.tokenizer.eos_token_id]
-    assert prefixes[0].next.tolist() != [prefixes[0].length]
+    assert (prefixes[0].next.tolist() != [prefixes[0].length]) == (kind in QWEN)
 
 
-@FAMILY
+@QWENS
 def test_positions_that_pictures_save_are_those_of_the_model(folders, pictures, kind):
     model, backbone = load_base(folders[kind])
     stacked = backbone.stack([backbone.picture(path) for path in pictures])
@@ -158,7 +160,7 @@ def test_positions_that_pictures_save_are_those_of_the_model(folders, pictures, 
         assert int(backbone.positions_saved(stacked)[row]) == -int(delta)
 
 
-@FAMILY
+@QWENS
 def test_pictures_without_their_token_types_are_refused(folders, pictures, kind):
     """Without them Qwen2.5-VL answers, as if a picture were a line of text; zeros are taken, too."""
     model, backbone = load_base(folders[kind])
@@ -223,6 +225,7 @@ def test_six_steps_are_those_of_plain_transformers_and_peft(folders, pictures, k
     plain, _ = load_base(folders[kind])
     levels = range(len(getattr(plain.config.vision_config, "deepstack_visual_indexes", ())))
     whole = ["visual.merger", *(f"deepstack_merger_list.{level}" for level in levels)]
+    whole = whole if kind in QWEN else ["multi_modal_projector"]
     names = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
     config = LoraConfig(r=4, lora_alpha=8, target_modules=rf".*language_model.*\.({names})", modules_to_save=whole)
     plain = get_peft_model(plain, config)
@@ -297,7 +300,7 @@ def test_an_adapter_opens_with_stock_peft_and_merges(folders, pictures, kind, tm
 @FAMILY
 def test_a_tied_head_keeps_its_weights_under_lora_and_merge(kind, pictures, tmp_path):
     """PEFT would add an adapter on a tied head twice; none is put there."""
-    folder = make_qwen(tmp_path / "base", kind, tied=True)
+    folder = make_vl(tmp_path / "base", kind, tied=True)
     model, backbone = load_base(folder)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     before = model.lm_head.weight.detach().clone()
@@ -347,11 +350,12 @@ def test_a_batch_without_pictures_reaches_every_trained_tensor_and_changes_nothi
 
 @FAMILY
 def test_nf4_trains_the_adapter_of_the_language_models_blocks(kind, pictures, tmp_path):
-    folder = make_qwen(tmp_path / "base", kind, width=64)
+    folder = make_vl(tmp_path / "base", kind, width=64)
     model, backbone = load_base(folder, quantization="nf4")
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
     assert {kinds[name] for name in kinds if "language_model" in name} == {"Linear4bit"}
-    assert {kinds[name] for name in kinds if "visual" in name or "lm_head" in name} == {"Linear"}
+    others = {name for name in kinds if "language_model" not in name}
+    assert len(others) > 5 and {kinds[name] for name in others} == {"Linear"}
     model = attach_lora(model, backbone, 4, 8, 0.0)
     batch = Collator(backbone)(list(InstructionDataset.of_samples(samples_of(pictures), backbone, 512)))
     backbone.answer_loss(model, batch).backward()
@@ -370,10 +374,14 @@ def test_what_a_family_does_not_have_is_refused_by_name(folders, tiny_base):
 
 @FAMILY
 def test_a_folder_that_does_not_fit_together_is_refused_by_name(kind, tmp_path):
-    folder = make_qwen(tmp_path / "base", kind)
+    folder = make_vl(tmp_path / "base", kind)
     settings = (folder / "preprocessor_config.json").read_text()
-    (folder / "preprocessor_config.json").write_text(settings.replace('"patch_size": 4', '"patch_size": 6'))
-    with pytest.raises(ValueError, match="the image processor has patch_size 6, the model 4"):
+    old, new, message = ('"patch_size": 4', '"patch_size": 6', "the image processor has patch_size 6, the model 4")
+    if kind == "internvl":
+        old, new, message = ('"height": 16', '"height": 20', r"makes tiles of \(20, 16\) pixels, .* takes \(16, 16\)")
+    assert old in settings
+    (folder / "preprocessor_config.json").write_text(settings.replace(old, new))
+    with pytest.raises(ValueError, match=message):
         open_backbone(folder)
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises((FileNotFoundError, ValueError), match=r"config\.json"):

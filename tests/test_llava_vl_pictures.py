@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_llava_qwen_vl import folders, pictures, samples_of  # noqa: F401
+from test_llava_vl import folders, pictures, samples_of  # noqa: F401
+from vl_bases import make_vl
 
 from data.columns import Texts, training_columns
 from data.preprocess import look
@@ -38,6 +39,32 @@ def test_sizes_come_from_headers_and_bounds_from_the_recipe(folders, pictures, t
     assert picture_sizes(tmp_path, ["turned.png", "absent.png"]).tolist() == [[40, 24], [0, 0]]
     assert plain.picture(tmp_path / "turned.png")["image_grid_thw"].tolist() == [1, 6, 10]
     assert plain.picture_tokens(tmp_path, ["turned.png", "absent.png"]).tolist() == [15, 1]
+
+
+def test_tiles_come_from_headers_and_bounds_from_the_recipe(folders, pictures, tmp_path):  # noqa: F811
+    """InternVL's: the grid nearest in shape, and the whole picture where there are several tiles."""
+    names = [str(path) for path in pictures]
+    for least, most, wanted in (
+        (0, 0, [7, 7, 1, 7, 3]),
+        (0, 4 * 256, [3, 3, 1, 5, 3]),
+        (0, 256, [1] * 5),
+        (600, 1024, None),
+    ):
+        backbone = open_backbone(folders["internvl"], BaseOptions(least, most))
+        tiles = [len(backbone.picture(path)["pixel_values"]) for path in pictures]
+        assert backbone.picture_tokens(tmp_path, [*names, "absent.png"]).tolist() == [*(4 * n for n in tiles), 1]
+        assert tiles == wanted if wanted else set(tiles) <= {4, 5}
+    for least, most in ((0, 255), (600, 512), (7 * 256, 0)):
+        with pytest.raises(ValueError, match=r"a tile takes 256 pixels"):
+            open_backbone(folders["internvl"], BaseOptions(least, most))
+
+
+def test_an_internvl_of_another_language_model_is_refused(tmp_path):
+    folder = make_vl(tmp_path / "base", "internvl")
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace('"model_type": "qwen2"', '"model_type": "llama"'))
+    with pytest.raises(ValueError, match=r"the language model is llama; take an InternVL .* qwen2, qwen3"):
+        open_backbone(folder)
 
 
 def test_sizes_of_a_column_are_kept_until_pictures_are_looked_at_again(tmp_path, monkeypatch):
