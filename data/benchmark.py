@@ -46,7 +46,8 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A YAML file and the folder it speaks of. `instructions`: set -> folder; `streams`: name -> tasks in order."""
+    """A YAML file and the folder it speaks of. `instructions`: set -> folder; `streams`: name -> tasks in order;
+    `boxes`: the base model that its boxes are written for (llava/boxes.py), empty for fractions of padded squares."""
 
     name: str
     file: Path
@@ -55,6 +56,7 @@ class Benchmark:
     instructions: Mapping[str, str]
     streams: Mapping[str, tuple[str, ...]]
     tasks: Mapping[str, TaskSpec]
+    boxes: str = ""
 
     def task(self, name: str) -> TaskSpec:
         """The task of this name, or of a folder of this name. Raises ValueError listing the known ones."""
@@ -113,7 +115,7 @@ def _open(root: Path, file: Path, _changed: int) -> Benchmark:
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: not YAML ({error}); correct it") from error
     content = _mapping(content, file, "the file")
-    known = {"name", "images", "instructions", "streams", "tasks"}
+    known = {"name", "images", "instructions", "streams", "tasks", "boxes"}
     if unknown := sorted(content.keys() - known):
         raise ValueError(f"{file}: unknown key '{unknown[0]}'; it may hold {', '.join(sorted(known))}")
     instructions = _mapping(content.get("instructions", {"original": "."}), file, "instructions")
@@ -129,7 +131,8 @@ def _open(root: Path, file: Path, _changed: int) -> Benchmark:
             raise ValueError(f"{file}: stream {name} names the task '{unknown[0]}', which the file does not describe")
     name = str(_typed(content.get("name", root.name), str | int | float, file, "name"))
     images = _typed(content.get("images", "."), str, file, "images")
-    return Benchmark(name, file, root, images, instructions, streams, tasks)
+    boxes = _typed(content.get("boxes", ""), str, file, "boxes")
+    return Benchmark(name, file, root, images, instructions, streams, tasks, boxes)
 
 
 def _mapping(value: Any, file: Path, what: str) -> dict:

@@ -335,14 +335,17 @@ def _scienceqa_options(problems: Mapping[str, Any], pid: str, file: str) -> Opti
 
 @dataclass(frozen=True)
 class Region:
-    """The reference box [x1, y1, x2, y2] as written, and the longer side of the picture in pixels."""
+    """The reference box [x1, y1, x2, y2] as written, the longer side of the picture in pixels, and the largest x and y
+    of boxes in it: 1 in fractions."""
 
     answer: str
     side: float = 1.0
+    frame: tuple[float, float] = (1.0, 1.0)
 
 
 class BoxFiles(TaskFiles):
-    """References in the question file: `answer_bbox`, in fractions of the padded square, and optionally `size`."""
+    """References in the question file: `answer_bbox`, in fractions of the padded square or within a `box_frame` [x, y]
+    (llava/boxes.py), and optionally `size`."""
 
     def reference_of(self, record: Mapping[str, Any], where: str) -> Region:
         answer = field(record, "answer_bbox", str, where)
@@ -351,8 +354,11 @@ class BoxFiles(TaskFiles):
         size = field(record, "size", list, where) if "size" in record else [1]
         if not size or not all(isinstance(side, int | float) for side in size):
             raise ValueError(f"{where}: size {size} is not [width, height] in pixels; correct the record")
+        frame = field(record, "box_frame", list, where) if "box_frame" in record else [1, 1]
+        if len(frame) != 2 or not all(isinstance(side, int | float) and side > 0 for side in frame):
+            raise ValueError(f"{where}: box_frame {frame} is not the largest [x, y]; correct the record")
         # The size multiplies both boxes and cancels but for rounding: it may be left out.
-        return Region(answer, max(size))
+        return Region(answer, max(size), (frame[0], frame[1]))
 
 
 def exact_box(text: str) -> Box | None:

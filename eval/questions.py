@@ -16,6 +16,7 @@ from llaca.config import Recipe
 from llaca.stream import ordered
 from llava.backbone import BaseOptions
 from llava.backbones import open_backbone
+from llava.boxes import check_boxes
 from llava.conversation import repeated
 
 
@@ -101,6 +102,7 @@ class Wanted(NamedTuple):
 def _questions(wanted: Wanted, _changed: tuple) -> dict[str, Questions]:
     benchmark, tasks = open_benchmark(wanted.data_root), wanted.tasks
     backbone = open_backbone(wanted.base, wanted.options)
+    check_boxes(benchmark, backbone)
     places = [benchmark.task(task).instruction for task in tasks]
     sources = [RecordFile(file, "test", place) for file, place in zip(wanted.files, places, strict=True)]
     found, asked = open_records(sources, benchmark.image_root, backbone.vocabulary), {}

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from data.benchmark import open_benchmark
 from data.check import check_benchmark
 from data.mini import build as coin_mini
 from data.mini import text_stream as dialog_mini
@@ -23,6 +24,7 @@ from llaca.hostfile import USUAL, runner_options
 from llaca.methods import METHODS, method_of
 from llaca.processes import run_all
 from llaca.stream import leave_at_once
+from llava.boxes import check_boxes
 from llava.check import reader_of
 
 OTHER_WORK = {"data_root", "stream", "tasks", "base", "epochs", "max_train_samples", "smoke"}  # than a recipe's minutes
@@ -149,6 +151,7 @@ def prepare_data(recipe: Recipe) -> None:
         raise FileNotFoundError(f"{stream.data_root} is no folder: correct data_root, or lay the benchmark there")
     lengths = {task: recipe.for_stage((task,)).max_length for task in stream.tasks}
     reader = reader_of(recipe.model.base, lengths, recipe.method.grouping, recipe.model.options)
+    check_boxes(open_benchmark(root), reader.backbone)
     report = check_benchmark(stream.data_root, stream.instructions, stream.tasks, stream.unchecked, reader)
     print(f"{report.records:,} records checked" if report.ok else report.text(), flush=True)
 

@@ -13,6 +13,7 @@ from llaca.config import Recipe
 from llaca.stream import Stage, ordered
 from llava.backbone import Backbone
 from llava.backbones import open_backbone
+from llava.boxes import check_boxes
 from llava.dataset import InstructionDataset
 
 
@@ -42,7 +43,9 @@ def load_stream(recipe: Recipe) -> dict[str, TaskRecords]:
     first process of every host, unless that has been done before; all map the same files.
     """
     stream, benchmark = recipe.stream, open_benchmark(recipe.stream.data_root)
-    vocabulary = open_backbone(recipe.model.base, recipe.model.options).vocabulary
+    backbone = open_backbone(recipe.model.base, recipe.model.options)
+    check_boxes(benchmark, backbone)
+    vocabulary = backbone.vocabulary
     sources = {
         task: RecordFile(train_file(benchmark, stream.instructions, task), "train", benchmark.task(task).instruction)
         for task in ordered(stream.tasks, stream.order)

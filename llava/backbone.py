@@ -142,6 +142,15 @@ class Backbone(ABC):
         their numbers of tokens say: int64 [pictures], or 0 for all."""
         return 0
 
+    @property
+    def boxes(self) -> str | None:
+        """The coordinates of boxes that the base model was trained on, where they are not fractions; None else."""
+        return None
+
+    def box_frame(self, width: int, height: int) -> tuple[int, int]:
+        """Return the largest x and y in these coordinates in a picture of so many pixels."""
+        raise ValueError("this base model has no coordinates of its own")
+
     @contextmanager
     def without_picture(self, model: nn.Module) -> Iterator[None]:
         """Lets a batch without pictures reach every trained tensor meanwhile, and changes nothing else."""

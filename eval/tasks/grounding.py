@@ -1,4 +1,4 @@
-"""Grounding: the box of a described region, in fractions of the padded square."""
+"""Grounding: the box of a described region, in fractions of the padded square or in a base model's own coordinates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Grounding(BoxFiles, Task):
     def has_form(self, text: str, reference: Region) -> bool:
         box = exact_box(text)
         bracketed = text.strip().startswith("[") and text.strip().endswith("]")
-        return bracketed and box is not None and all(0 <= side <= 1 for side in box)
+        ends = (*reference.frame, *reference.frame)
+        return bracketed and box is not None and all(0 <= side <= end for side, end in zip(box, ends, strict=True))
 
     def can_be_constant(self, answer: str) -> bool:
         return exact_box(answer) is not None
@@ -60,7 +61,7 @@ def loose_box(text: str) -> Box | None:
 
 
 def in_pixels(box: Box, reference: Region) -> Box:
-    """A box in fractions of the padded square, in pixels of the picture."""
+    """A box in fractions of the padded square, in pixels of the picture; of other coordinates, some multiple."""
     return tuple(side * reference.side for side in box)
 
 

@@ -206,6 +206,17 @@ class Qwen25VL(QwenVL):
     config_class = Qwen2_5_VLConfig
     template = CHATML
 
+    @property
+    def boxes(self) -> str:
+        """Pixels of the picture as the model sees it, which its bounds decide on."""
+        size = self.processor.image_processor.size
+        bounds = f"{size['shortest_edge']} to {size['longest_edge']}"
+        return f"qwen2_5_vl: pixels of pictures resized to {bounds} pixels in squares of {self._side}"
+
+    def box_frame(self, width: int, height: int) -> tuple[int, int]:
+        """The resized picture's width and height. Raises ValueError as `resized` does."""
+        return self.resized(width, height)
+
 
 class Qwen3VL(QwenVL):
     """Qwen3VLForConditionalGeneration: no system prompt of its own, and mergers of three levels of the tower besides
@@ -219,6 +230,15 @@ class Qwen3VL(QwenVL):
         super().__init__(config, processor, options)
         levels = range(len(config.vision_config.deepstack_visual_indexes))
         self.connector += tuple(f"deepstack_merger_list.{level}" for level in levels if self.connector)
+
+    @property
+    def boxes(self) -> str:
+        """Thousandths of the picture's sides."""
+        return "qwen3_vl: thousandths of the sides"
+
+    def box_frame(self, width: int, height: int) -> tuple[int, int]:
+        """Whatever its size."""
+        return 1000, 1000
 
 
 def _check_tokenizer(path: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
