@@ -19,6 +19,7 @@ from llaca.config import load_recipe
 from llaca.train import run
 from llava.adapters import adapter_state, attach_lora, save_adapter, trainable_parameters
 from llava.backbones import load_base, open_backbone
+from llava.conversation import encode_prompt
 from llava.dataset import Collator, InstructionDataset
 from llava.generate import generate_answers
 from llava.greedy import Decoder
@@ -38,6 +39,39 @@ CAUSAL = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 def folders(tmp_path_factory) -> dict[str, Path]:
     """A base of each kind."""
     return {kind: make_text(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
+
+
+CHAT = (
+    "{{% for message in messages %}}{{% if loop.first and message.role != 'system' %}}{system}{{% endif %}}"
+    "{{{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}}}{{% endfor %}}"
+    "{{% if add_generation_prompt %}}{{{{ '<|im_start|>assistant\n' }}}}{after}{{% endif %}}"
+)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_the_folders_own_chat_template_says_how_it_is_asked(kind, tmp_path):
+    """Qwen2-Instruct has a shorter system prompt than Qwen2.5-Instruct, Qwen3's releases of 2507 do not think."""
+    folder = make_text(tmp_path / "base", kind)
+    short = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    closed = "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    for system, after, mark in (
+        (short, "", ""), ("", "", ""), ("", closed, "<think>\n\n</think>\n\n"), ("", "{{ '<think>\n' }}", None)
+    ):  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = CHAT.format(system=system, after=after)
+        tokenizer.save_pretrained(folder)
+        if mark is None:
+            with pytest.raises(ValueError, match=r"base: .* every answer thought about first; take an Instruct"):
+                open_backbone(folder)
+            continue
+        wanted = f"{system}<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n{mark}"
+        backbone = open_backbone(folder)
+        assert backbone.template.prompt("Who?") == wanted
+        assert encode_prompt(backbone.vocabulary, "Who?", 1) == tokenizer(wanted).input_ids
+    tokenizer.chat_template = "{% for message in messages %}[INST]{{ message.content }}[/INST]{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"which is not ChatML; take an Instruct checkpoint"):
+        open_backbone(folder)
 
 
 def samples() -> list[Sample]:

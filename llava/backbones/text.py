@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from llava.backbone import Backbone, unwrapped
+from llava.backbone import AS_IS, Backbone, BaseOptions, unwrapped
 from llava.backbones.qwen_vl import CHATML, check_vocabulary
 from llava.conversation import IGNORE, Template
 from llava.files import check_tokenizer, read_object
@@ -43,19 +43,50 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{path}: the tokenizer cannot be read ({' '.join(str(error).split())})") from error
 
 
+PROBE = "What is asked here?"
+
+
+def own_words(tokenizer: PreTrainedTokenizerBase, template: Template) -> Template:
+    """Return a ChatML template with the system prompt, and with what stands before an answer, of the chat template that
+    lies beside the tokenizer; as it is where none does: releases of one architecture differ in them. Raises ValueError
+    for a chat template that is not ChatML, or that has every answer thought about first."""
+    if not tokenizer.chat_template:
+        return template
+    asked = [{"role": "user", "content": PROBE}]
+    # Those that know enable_thinking close the thought at once, as a task's answers have none.
+    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    before, _, behind = text.partition(PROBE)
+    if not before.endswith(template.user) or not behind.startswith(CHATML.assistant):
+        raise ValueError(f"its chat template asks {text!r}, which is not ChatML; take an Instruct checkpoint")
+    if behind.count("<think>") != behind.count("</think>"):
+        raise ValueError("its chat template has every answer thought about first; take an Instruct checkpoint")
+    return replace(template, system=before.removesuffix(template.user), assistant=behind)
+
+
 class Qwen2(Backbone):
-    """Qwen2ForCausalLM, asked as Qwen2.5-Instruct is; Qwen2-Instruct's own system prompt is shorter."""
+    """Qwen2ForCausalLM, asked as the folder's chat template says; without one as Qwen2.5-Instruct is."""
 
     model_class = Qwen2ForCausalLM
     config_class = Qwen2Config
     template = replace(CHATML, system=SYSTEM, placeholder=None)
     lora_targets = r"(.*\.)?layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
+    def __init__(
+        self, config: PreTrainedConfig, processor: PreTrainedTokenizerBase | None, options: BaseOptions = AS_IS
+    ):
+        super().__init__(config, processor, options)
+        if processor is not None:
+            self.template = own_words(processor, self.template)
+
     @classmethod
     def read_processor(cls, path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-        """As `Backbone.read_processor`."""
+        """As `Backbone.read_processor`. Raises ValueError as `own_words` does."""
         tokenizer = read_tokenizer(path)
         check_vocabulary(path, tokenizer, config.vocab_size)
+        try:
+            own_words(tokenizer, cls.template)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         return tokenizer
 
     def language(self, model: nn.Module) -> nn.Module:
@@ -64,7 +95,7 @@ class Qwen2(Backbone):
 
 
 class Qwen3(Qwen2):
-    """Qwen3ForCausalLM, which answers every turn without thinking first. The 2507 releases have no such mark."""
+    """Qwen3ForCausalLM, which answers every turn without thinking first."""
 
     model_class = Qwen3ForCausalLM
     config_class = Qwen3Config
