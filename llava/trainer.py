@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from llava.adapters import is_connector, trainable_parameters
+from llava.backbone import unwrapped
 from llava.dataset import Collator, InstructionDataset, shows_pictures
 from llava.hooks import TrainHooks
 from llava.sampler import ModalityLengthSampler
@@ -60,6 +61,7 @@ class LlavaTrainer(Trainer):
         super().__init__(model, args, Collator(self.backbone), dataset)
         self.remove_callback(PrinterCallback)
         self.add_callback(EpochOrder(self))
+        self.add_callback(FrozenTower())
         self.loss_is_scaled_for_ga = normalisation == "global"
         self.model_accepts_loss_kwargs = True  # else the Trainer does not count a step's tokens, as for Qwen's classes
 
@@ -167,6 +169,17 @@ class EpochOrder(TrainerCallback):
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         steps = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
         self.trainer.sampler.set_epoch(state.global_step // steps)
+
+
+class FrozenTower(TrainerCallback):
+    """Keeps the backward pass out of what sees and does not train.
+
+    With activation checkpointing transformers has the output of every embedding ask for a gradient, a vision tower's
+    patches among them. Only reentrant checkpoints, which are not made here, need one.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        unwrapped(model).disable_input_require_grads()
 
 
 class StepLog(TrainerCallback):

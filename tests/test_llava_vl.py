@@ -258,6 +258,29 @@ def test_six_steps_are_those_of_plain_transformers_and_peft(folders, pictures, k
         assert not torch.equal(weight, start[name]), name
 
 
+@FAMILY
+def test_checkpointing_changes_nothing_and_leaves_the_tower_alone(folders, pictures, kind, tmp_path):
+    """Nothing of the frozen tower is kept for, or run in, the backward pass."""
+    states, towers = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(3)
+        model, backbone = load_base(folders[kind])
+        tower = getattr(model.model, "visual", None) or model.model.vision_tower
+        block = (tower.blocks if kind in QWEN else tower.encoder.layer)[-1]
+        model = attach_lora(model, backbone, 4, 8, 0.0)
+        block.register_forward_hook(lambda _, __, output: towers.append(output))
+        dataset = InstructionDataset.of_samples(samples_of(pictures), backbone, 512)
+        arguments = training_arguments(tmp_path, per_device_train_batch_size=2, max_steps=3, learning_rate=1e-2,
+                                       use_cpu=True, disable_tqdm=True,
+                                       activation_checkpointing=checkpointing)  # fmt: skip
+        LlavaTrainer(model, arguments, dataset).train()
+        states.append(adapter_state(model))
+    for name in states[0]:
+        torch.testing.assert_close(states[1][name], states[0][name], rtol=0, atol=1e-6)
+    shown = [output[0] if isinstance(output, tuple) else output for output in towers]
+    assert len(shown) >= 4 and not any(output.requires_grad for output in shown)
+
+
 def drawn(trainer: LlavaTrainer) -> list[list[int]]:
     """The records of each step of two epochs, as the sampler draws them."""
     found = []
