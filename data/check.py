@@ -25,12 +25,12 @@ import numpy as np
 
 from data.benchmark import COIN, INSTRUCTION_SETS, Benchmark, open_benchmark
 from data.cache import cache_folder, replace_whole
-from data.columns import Encoder, TrainingColumns
+from data.columns import Columns, Encoder
 from data.preprocess import Prepared, RecordFile, open_records, silent_problems
 from data.records import SHOWN_PROBLEMS, DataError, Problem
 from data.references import files_of
 
-VERSION = 2  # of what is checked: notes of another one do not count
+VERSION = 3  # of what is checked: notes of another one do not count
 MANY_INSTRUCTIONS = 1_000  # different ones of a file: more are likely no instructions
 
 
@@ -131,8 +131,8 @@ class Reader(Protocol):
     grouping: bool
     digest: str
 
-    def problems(self, task: str, columns: TrainingColumns, rows: np.ndarray, image_root: Path) -> list[Problem]:
-        """Return what makes training records of these rows unusable."""
+    def problems(self, task: str, columns: Columns, rows: np.ndarray, image_root: Path) -> list[Problem]:
+        """Return what makes training or test records of these rows unusable."""
 
 
 def check(benchmark: Benchmark, instructions: str, tasks: Sequence[str] = (), reader: Reader | None = None) -> Report:
@@ -167,7 +167,7 @@ def _report(benchmark: Benchmark, report: FileReport, found: Prepared | DataErro
     columns, rows = found.columns, found.rows
     report.records, report.pictures = columns.told["records"], len(columns.names) - len(found.faults)
     report.problems = list(found.problems)
-    if reader is not None and report.split == "train":
+    if reader is not None:
         report.problems += reader.problems(report.task, columns, rows, benchmark.image_root)
     silent = silent_problems(found, rows)
     if silent and reader is not None and reader.grouping:

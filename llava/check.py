@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from data.check import command, execute
-from data.columns import TrainingColumns
+from data.columns import Columns, TrainingColumns
 from data.records import Problem
 from llava.backbone import AS_IS, Backbone, BaseOptions
 from llava.backbones import open_backbone
 from llava.conversation import Vocabulary
-from llava.dataset import unusable
+from llava.dataset import picture_problems, unusable
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ class Reader:
         settings = (self.backbone.digest, sorted(self.max_length.items()), self.grouping)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
-    def problems(self, task: str, columns: TrainingColumns, rows: np.ndarray, image_root: Path) -> list[Problem]:
-        """Return the records of these rows that the maximum length or the base makes unusable."""
+    def problems(self, task: str, columns: Columns, rows: np.ndarray, image_root: Path) -> list[Problem]:
+        """Return the records of these rows that the base or, in training, the maximum length makes unusable."""
+        if not isinstance(columns, TrainingColumns):
+            return picture_problems(self.backbone, columns, rows, image_root)
         return unusable(self.backbone, columns, rows, image_root, self.max_length[task])
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from data.columns import TrainingColumns, training_columns
+from data.columns import Columns, TrainingColumns, training_columns
 from data.records import DataError, Problem, Sample
 from llava.backbone import Backbone
 from llava.conversation import IGNORE, cut_fault
@@ -163,17 +163,22 @@ def unusable(
 ) -> list[Problem]:
     """What makes these rows unusable on a base, each of them once: a picture that the base cannot take, and a picture
     or a whole answer that `max_length` cuts off. Pictures are below `root`."""
+    found = picture_problems(backbone, columns, rows, root)
+    told = {problem.record for problem in found}
+    cut = cut_problems(columns, rows, backbone.picture_tokens(root, columns.names), max_length)
+    return sorted([*found, *(problem for problem in cut if problem.record not in told)])
+
+
+def picture_problems(backbone: Backbone, columns: Columns, rows: np.ndarray, root: Path) -> list[Problem]:
+    """Those of these rows whose picture the base cannot take."""
     faults = backbone.picture_faults(root, columns.names)
-    found = [
+    return [
         Problem(
             int(columns.record[row]), "picture", f"{columns.name(row)}: {root / columns.image(row)}: {faults[place]}"
         )
         for row, place in zip(rows.tolist(), columns.picture[rows].tolist(), strict=True)
         if place in faults
     ]
-    told = {problem.record for problem in found}
-    cut = cut_problems(columns, rows, backbone.picture_tokens(root, columns.names), max_length)
-    return sorted([*found, *(problem for problem in cut if problem.record not in told)])
 
 
 def cut_problems(columns: TrainingColumns, rows: np.ndarray, pictures: np.ndarray, max_length: int) -> list[Problem]:

@@ -8,9 +8,9 @@ from PIL import Image
 from test_llava_vl import folders, pictures, samples_of  # noqa: F401
 from vl_bases import make_vl
 
-from data.columns import Texts, training_columns
+from data.columns import Texts, question_columns, training_columns
 from data.preprocess import look
-from data.records import DataError, Sample
+from data.records import DataError, Question, Sample
 from data.sizes import picture_sizes
 from llava.backbone import BaseOptions
 from llava.backbones import load_base, open_backbone
@@ -114,6 +114,10 @@ def test_a_picture_that_the_base_cannot_take_is_named_by_the_check(folders, tmp_
     columns = training_columns(samples, "last line", backbone.vocabulary)
     [problem] = Reader(backbone, {"T": 512}).problems("T", columns, np.arange(2), tmp_path)
     assert problem.record == 0 and problem.kind == "picture" and "more than 200 times as long" in problem.text
+    asked = [Question(n, n, "q?\nSay it.", "q?", name) for n, name in enumerate(("limit.png", "line.png"))]
+    tested = question_columns(asked, "last line", backbone.vocabulary)
+    [problem] = Reader(backbone, {"T": 512}).problems("T", tested, np.arange(2), tmp_path)
+    assert problem.record == 1 and "line.png: one side is more than 200 times" in problem.text
     dataset = InstructionDataset(columns, backbone, 512, tmp_path)
     assert [dataset.name(n) for n in range(len(dataset))] == ["record 1 (id 's1')"] and len(dataset.dropped) == 1
     assert len(dataset[0]["pixel_values"]) // 4 == backbone.picture_tokens(tmp_path, ["limit.png"])[0]
