@@ -63,6 +63,26 @@ def fixed(s: Statistics, beta: float) -> Tensor:
     return torch.full_like(s["gradient"], beta)
 
 
+def uniform(s: Statistics, memory: Tensor) -> Tensor:
+    """The mean of the stage's weights, its start among them: beta = t / (t + 1). `memory` [n_tensors, 1] counts t."""
+    memory += 1
+    return memory[:, 0] / (memory[:, 0] + 1)
+
+
+def release_horizon(s: Statistics, rate: float, memory: Tensor) -> Tensor:
+    """The released code's rule with the constant that gives 1 - beta the mean `rate` over the stage so far.
+
+        r_t = (|g_t| + 1) / (|gap| |change|),    1 - beta = rate r_t / mean(r_1 ... r_t)
+
+    The constant carries units of gap and gradient, which cancel here, but for the 1 beside |g|. `memory` [n_tensors, 2]
+    has the sum and the number of the finite r.
+    """
+    ratio = (s["gradient"] + 1) / (s["gap"] * s["change"])
+    finite = ratio.isfinite()
+    memory += torch.stack([torch.where(finite, ratio, 0), finite.to(ratio.dtype)], dim=1)
+    return 1 - rate * ratio * memory[:, 1] / memory[:, 0]
+
+
 def secant(s: Statistics, mu_rel: float, smoothing: float, memory: Tensor) -> Tensor:
     """Our dimensionally consistent reading of Eq. 12: the old average protected in units of the curvature.
 
@@ -116,7 +136,9 @@ VARIANTS = {
     "eq45_elem": Variant(eq45_elem, ("quotient45",)),
     "lcia_release": Variant(release, ("change",), {"constant": 2.0}, 0.99, "after_first_step"),
     "next_release": Variant(release, ("change",), {"constant": 0.01}, 0.999, "after_first_step"),
+    "lcia_horizon": Variant(release_horizon, ("change",), {"rate": 0.01}, 0.99, "after_first_step", memory=2),
     "fixed": Variant(fixed, (), {"beta": 0.99}),
+    "uniform": Variant(uniform, memory=1),
     "secant": Variant(secant, ("slope", "mean_slope"), {"mu_rel": 99.0, "smoothing": 0.9}, closed=True, memory=3),
 }
 ALIASES = {"eq14": "eq14_norm", "eq45": "eq45_norm"}
@@ -125,6 +147,7 @@ LIMITS = {
     "start": (lambda v: v in ("stage_start", "after_first_step"), "stage_start or after_first_step"),
     "beta": (lambda v: 0 < v < 1, "in (0, 1)"),
     "constant": (lambda v: v > 0, "positive"),
+    "rate": (lambda v: 0 < v < 1, "in (0, 1)"),
     "mu_rel": (lambda v: v > 0, "positive"),
     "smoothing": (lambda v: 0 <= v < 1, "in [0, 1)"),
 }

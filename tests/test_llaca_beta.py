@@ -15,13 +15,17 @@ from llaca.ema import BLOCK, DynamicAverage
 GOLDEN = Path(__file__).parent / "golden" / "ema_release"
 
 
-def formula(variant, *, g, gap, lag, move, change, slope, mean_slope, scale, constant=None, beta=0.99, mu_rel=99):
-    """Every beta as printed, of one tensor, float64."""
+def formula(variant, *, g, gap, lag, move, change, slope, mean_slope, scale, t, ratios,
+            constant=None, beta=0.99, mu_rel=99, rate=0.01):  # fmt: skip
+    """Every beta as printed, of one tensor, float64; `ratios` of the released rule so far, this step's behind them."""
 
     def size(x):
         return x.abs().sum()
 
     release = (1 + size(g)) / size(gap) / size(change)
+    if release.isfinite():
+        ratios.append(release)
+    ratio = sum(ratios) / max(len(ratios), 1)
     return {
         "eq14_norm": (1 + size(g)) * size(move) / size(gap) / size(change),
         "eq14_norm_ones": size(g + 1) * size(move) / size(gap) / size(change),
@@ -32,6 +36,8 @@ def formula(variant, *, g, gap, lag, move, change, slope, mean_slope, scale, con
         "lcia_release": 1 - (constant or 2.0) * release,
         "next_release": 1 - (constant or 0.01) * release,
         "fixed": torch.tensor(beta),
+        "uniform": torch.tensor(t / (t + 1)),
+        "lcia_horizon": 1 - rate * release / ratio,
         "secant": ((slope + mu_rel * scale) / (slope - mean_slope + mu_rel * scale)).clip(0, 1),
     }[variant]
 
@@ -40,7 +46,7 @@ def oracle(variant, thetas, gradients, k, **options):
     """Tensor k step by step in float64: raw beta, weight used [steps] and theta* after the last step."""
     fallback = 0.999 if variant == "next_release" else 0.99
     star, old_g, gbar, beta, slopes = thetas[0][k].double(), gradients[1][k].double(), 0.0, 0.0, 0.0
-    raws, betas = [], []
+    raws, betas, ratios = [], [], []
     for t in range(1, len(thetas)):
         theta, old, g = thetas[t][k].double(), thetas[t - 1][k].double(), gradients[t][k].double()
         gbar = beta * gbar + (1 - beta) * g
@@ -53,11 +59,13 @@ def oracle(variant, thetas, gradients, k, **options):
             lag=old - star,
             move=theta - old,
             change=g - old_g,
+            t=t,
+            ratios=ratios,
             **dict(zip(("slope", "mean_slope", "scale"), slopes, strict=True)),
             **options,
         ).item()
         beta = raw if (0 < raw < 1 or (variant == "secant" and 0 <= raw <= 1)) else fallback
-        if t == 1 and variant.endswith("_release"):
+        if t == 1 and (variant.endswith("_release") or variant == "lcia_horizon"):
             beta = 0.0
         star, old_g = beta * star + (1 - beta) * theta, g
         raws.append(raw)
@@ -94,7 +102,12 @@ def test_released_trace(settings, kernels):
 @pytest.mark.parametrize(
     ("variant", "options"),
     [(v, {}) for v in VARIANTS]
-    + [("lcia_release", {"constant": 0.1}), ("fixed", {"beta": 0.9}), ("secant", {"mu_rel": 4.0})],
+    + [
+        ("lcia_release", {"constant": 0.1}),
+        ("fixed", {"beta": 0.9}),
+        ("secant", {"mu_rel": 4.0}),
+        ("lcia_horizon", {"rate": 0.2}),
+    ],
 )
 def test_formula(variant, options, kernels):
     thetas, gradients = walk()
@@ -127,7 +140,9 @@ def test_short_names_mean_the_norm_wise_reading():
         ("eq45_elem", False, False),
         ("lcia_release", False, False),
         ("next_release", False, False),
+        ("lcia_horizon", False, False),
         ("fixed", True, True),
+        ("uniform", True, True),
         ("secant", True, True),
     ],
 )

@@ -197,7 +197,9 @@ def test_memory_is_what_the_variant_needs():
         "eq45_elem": 3,
         "lcia_release": 2,
         "next_release": 2,
+        "lcia_horizon": 2,
         "fixed": 1,
+        "uniform": 1,
         "secant": 3,
     }
 

@@ -106,6 +106,37 @@ def test_ewc_pulls_as_the_closed_form_of_all_earlier_tasks(view, kind):
         torch.testing.assert_close(gradient, 3 * both.detach(), rtol=1e-4, atol=1e-7)
 
 
+def test_a_horizon_in_stages_takes_the_place_of_a_constant():
+    """1 - beta is 1 / (horizon x steps): at every step, or on average, however long the stage."""
+    for steps in (40, 400):
+        for rule, fallback in (("fixed", 0.99), ("lcia_release", 1 - 2 / steps), ("secant", 0.99)):
+            line = ["--average", rule, "--horizon", "0.5"]
+            average = method_of("llaca", *line)._start(["w"], [torch.zeros(50)], steps)
+            assert average.settings["fallback"] == pytest.approx(fallback)
+            if rule != "secant":
+                generator = torch.Generator().manual_seed(0)
+                for _ in range(steps):
+                    average.step([torch.randn(50, generator=generator)], [torch.randn(50, generator=generator)])
+                away = 1 - average.drain_trace().beta[2:]
+                assert away.mean() == pytest.approx(2 / steps, rel=0.15)
+                assert (away.std() > 0) == (rule == "lcia_release")
+    assert method_of("fixed_ema", "--horizon", "0.5")._start(["w"], [torch.zeros(5)], 100).settings["beta"] == 0.98
+    assert method_of("llaca", "--average", "secant", "--horizon", "2")._start(["w"], [torch.zeros(5)], 50).settings[
+        "mu_rel"
+    ] == pytest.approx(99)
+    with pytest.raises(ValueError, match="the rule eq45 has none; those that do are fixed, lcia_release, secant"):
+        method_of("llaca", "--average", "eq45", "--horizon", "1")
+
+
+def test_a_uniform_average_is_the_mean_of_all_weights():
+    weights = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    average = method_of("llaca", "--average", "uniform")._start(["w"], [weights[0]], 29)
+    for weight in weights[1:]:
+        average.step([weight], [weight])
+    torch.testing.assert_close(average.averages()["w"], weights.mean(0), rtol=0, atol=1e-6)
+    assert not average.drain_trace().fallback.any()
+
+
 def test_l2_is_the_squared_distance_from_the_last_tasks_weights(view):
     method = method_of("l2", "--penalty", "0.3")
     method.stage = view

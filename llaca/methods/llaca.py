@@ -6,6 +6,7 @@ As in the paper's Algorithm 1 the average runs only in stages that continue an e
 trains as plain LoRA. Without grouping every stage but the first continues the same set.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -22,6 +23,12 @@ from llaca.fields import setting
 from llaca.methods.base import Method
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+# Rule -> what it becomes with a given mean of 1 - beta: a key of VARIANTS, its parameter, and that one's value.
+HORIZONS: dict[str, Callable[[float], tuple[str, str, float]]] = {
+    "fixed": lambda rate: ("fixed", "beta", 1 - rate),
+    "lcia_release": lambda rate: ("lcia_horizon", "rate", rate),
+    "secant": lambda rate: ("secant", "mu_rel", 1 / rate - 1),
+}
 
 
 class LLaCA(Method):
@@ -40,7 +47,10 @@ class LLaCA(Method):
         beta: float | None = setting(None, "beta of the rule 'fixed'")
         constant: float | None = setting(None, "constant of the rules of the released codes")
         horizon: float | None = setting(
-            None, "horizon of the rule 'secant' in stages: its mu_rel is horizon x steps - 1"
+            None,
+            "memory in stages, above 0: 1 - beta is 1 / (horizon x steps) in place of a constant, for the rules fixed, "
+            "lcia_release (on average) and secant (where the slope has gone)",
+            above=0,
         )
         beta_trace: Literal["quantiles", "full"] = setting(
             "quantiles", "beta.csv: quantiles per step, or full: a row per step and tensor"
@@ -57,12 +67,17 @@ class LLaCA(Method):
         self._start(["trial"], [torch.zeros(1)], steps=1000)  # raises now for settings that would fail in stage 4
 
     def _start(self, names: list[str], tensors: list[Tensor], steps: int) -> DynamicAverage:
-        settings = self.settings
+        settings, rule, fallback = self.settings, self.settings.average, self.settings.fallback_beta
         own = {"beta": settings.beta, "constant": settings.constant}
         if settings.horizon is not None:
-            own["mu_rel"] = max(settings.horizon * steps - 1, 1e-3)
+            if rule not in HORIZONS:
+                raise ValueError(f"horizon: the rule {rule} has none; those that do are {', '.join(HORIZONS)}")
+            rate = 1 / max(settings.horizon * steps, 1 + 1e-3)
+            rule, named, value = HORIZONS[rule](rate)
+            own = {named: value}
+            fallback = 1 - rate if fallback is None and named == "rate" else fallback
         own = {key: value for key, value in own.items() if value is not None}
-        return DynamicAverage(names, tensors, settings.average, settings.fallback_beta, settings.average_start, **own)
+        return DynamicAverage(names, tensors, rule, fallback, settings.average_start, **own)
 
     @property
     def watches(self) -> bool:
