@@ -137,6 +137,55 @@ def test_a_uniform_average_is_the_mean_of_all_weights():
     assert not average.drain_trace().fallback.any()
 
 
+def test_merges_by_tasks_are_the_mean_of_all_or_weigh_by_the_root(view):
+    """Four tasks: with 1/k what is handed on is the mean of their weights; what a stage starts from is what was."""
+    for law in ("mean", "sqrt"):
+        method, seen, expected = method_of("task_merge", "--law", law), [], None
+        method.stage, memory = view, {}
+        for task in range(4):
+            method.recall(memory)
+            shards = layout_of(view).shards()
+            method.before_task(shards, task > 0, 1)
+            moved(view, 0.1, task)
+            seen.append([weight.detach().clone() for weight in shards.parameters])
+            handed, _ = method.after_task(shards, Path())
+            memory = method.memory()
+            share = 1 / (task + 1) if law == "mean" else (task + 1) ** -0.5
+            expected = seen[0] if task == 0 else [e + share * (n - e) for e, n in zip(expected, seen[-1], strict=True)]
+            for weight, value in zip(shards.parameters, handed or seen[-1], strict=True):
+                weight.data.copy_(value)
+            for weight, value in zip(shards.parameters, expected, strict=True):
+                torch.testing.assert_close(weight.detach(), value, rtol=0, atol=1e-6)
+        assert memory == {"tasks": 4}
+
+
+def test_bema_is_the_closed_form_and_without_correction_the_average(view):
+    """Every weight's share in the average by hand, in float64; eta 0 adds the whole way from the start."""
+    for eta in ("0.2", "0"):
+        method = method_of("bema", "--ema_power", "0.7", "--bias_power", eta, "--lag", "3")
+        shards = layout_of(view).shards()
+        method.before_task(shards, True, 9)
+        path = [[weight.detach().double().clone() for weight in shards.parameters]]
+        for step in range(9):
+            moved(view, 0.1, step)
+            method.after_step(shards)
+            path.append([weight.detach().double().clone() for weight in shards.parameters])
+        shares, rest = [], 1.0
+        for step in range(9, 0, -1):
+            own = (3 + step) ** -0.7
+            shares.append(rest * own)
+            rest *= 1 - own
+        shares = [rest, *reversed(shares)]
+        assert sum(shares) == pytest.approx(1)
+        handed, _ = method.after_task(shards, Path())
+        for place, weight in enumerate(handed):
+            mean = sum(share * row[place] for share, row in zip(shares, path, strict=True))
+            wanted = mean + 12 ** -float(eta) * (path[-1][place] - path[0][place])
+            torch.testing.assert_close(weight.double(), wanted, rtol=0, atol=1e-5)
+    method.before_task(shards, False, 9)
+    assert not method.watches and method.after_task(shards, Path()) == (None, {})
+
+
 def test_l2_is_the_squared_distance_from_the_last_tasks_weights(view):
     method = method_of("l2", "--penalty", "0.3")
     method.stage = view
@@ -242,7 +291,7 @@ def test_replay_takes_its_records_from_the_earlier_tasks_own(view, tiny, tiny_da
 
 
 def test_a_memory_that_is_lost_stops_the_run(tmp_path):
-    for name in ("replay", "agem", "ewc", "l2", "pgp", "cofima"):
+    for name in ("replay", "agem", "ewc", "l2", "pgp", "cofima", "task_merge"):
         who = METHODS[name].__name__
         with pytest.raises(FileNotFoundError, match=f"method.pt is not there: what {who} has to know"):
             handed_on(method_of(name), tmp_path)
@@ -318,7 +367,7 @@ def test_eproj_trains_a_projector_for_every_group_and_nothing_else(arguments):  
     assert {own["trained_parameters"] for own in told.values()} == {sum(gqa[name].numel() for name in apart)}
 
 
-@pytest.mark.parametrize("name", ["ewc", "l2", "agem", "pgp", "cofima", "replay"])
+@pytest.mark.parametrize("name", ["ewc", "l2", "agem", "pgp", "cofima", "replay", "task_merge"])
 def test_a_stage_recalls_the_memory_of_its_group_not_of_the_latest_stage(arguments, monkeypatch, name):  # noqa: F811
     """TextVQA, ScienceQA, GQA: the third stage continues the first one's group."""
     seen, recall = {}, METHODS[name].recall

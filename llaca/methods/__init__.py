@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING
 
 from llaca.methods.agem import AGEM
 from llaca.methods.base import WHOLE_TENSORS, Method
+from llaca.methods.bema import BEMA
 from llaca.methods.eproj import EProj
 from llaca.methods.ewc import EWC
 from llaca.methods.l2 import L2
 from llaca.methods.llaca import FixedEMA, LLaCA
 from llaca.methods.lwf import LwF
-from llaca.methods.merging import CoFiMA, CoMA
+from llaca.methods.merging import CoFiMA, CoMA, TaskMerge
 from llaca.methods.model_tailor import ModelTailor
 from llaca.methods.moelora import MoELoRA
 from llaca.methods.pgp import PGP
@@ -33,6 +34,8 @@ METHODS: dict[str, type[Method]] = {
     "pgp": PGP,
     "coma": CoMA,
     "cofima": CoFiMA,
+    "task_merge": TaskMerge,
+    "bema": BEMA,
     "model_tailor": ModelTailor,
     "moelora": MoELoRA,
     "eproj": EProj,

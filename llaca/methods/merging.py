@@ -1,7 +1,10 @@
-"""CoMA and CoFiMA (Marouf et al., arXiv 2312.08977): after a stage its weights are merged with those it started from.
+"""After a stage its weights are merged with those it started from: CoMA and CoFiMA (Marouf et al., arXiv 2312.08977),
+and a weight that falls with the number of tasks.
 
     CoMA      theta = (1 - a) theta_{t-1} + a theta_t
     CoFiMA    theta = ((1 - a) F_{t-1} theta_{t-1} + a F_t theta_t) / ((1 - a) F_{t-1} + a F_t), element by element
+
+    by tasks  a = 1/k, the mean over the k tasks so far, or 1/sqrt(k), as SLAO (arXiv 2512.23017) merges LoRA's B
 
 F_t is the diagonal Fisher information of task t (llaca/fisher.py), at most 1e-4; where both are 0, CoMA's weights hold.
 LoRA's A and B are merged one by one, as LLaCA averages them: not what merging their products would give.
@@ -9,6 +12,7 @@ LoRA's A and B are merged one by one, as LLaCA averages them: not what merging t
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +34,11 @@ class CoMA(Method):
 
     start: list[Tensor] | None = None
 
+    @property
+    def weight(self) -> float:
+        """a"""
+        return self.settings.merge_weight
+
     def before_task(self, shards: Shards, matched: bool, steps: int) -> None:
         self.start = [p.detach().clone() for p in shards.parameters] if matched else None
 
@@ -37,7 +46,7 @@ class CoMA(Method):
         if self.start is None:
             return None, {}
         pairs = zip(self.start, shards.parameters, strict=True)
-        return [torch.lerp(old, new, self.settings.merge_weight) for old, new in pairs], {}
+        return [torch.lerp(old, new, self.weight) for old, new in pairs], {}
 
     def state_dict(self) -> dict:
         return {} if self.start is None else {"start": self.start}
@@ -45,6 +54,27 @@ class CoMA(Method):
     def load_state_dict(self, state: dict) -> None:
         if self.start is not None:
             self.start = [old.to(new.device) for old, new in zip(state["start"], self.start, strict=True)]
+
+
+class TaskMerge(CoMA):
+    """CoMA whose weight is not chosen: it falls with the number of tasks that have trained these parameters."""
+
+    @dataclass
+    class Settings:
+        law: Literal["mean", "sqrt"] = setting("mean", "a is 1/k (mean) or 1/sqrt(k) of k tasks")
+
+    tasks = 0  # before this one
+
+    def recall(self, memory: dict) -> None:
+        self.tasks = memory.get("tasks", 0)
+
+    @property
+    def weight(self) -> float:
+        count = self.tasks + 1
+        return 1 / count if self.settings.law == "mean" else count**-0.5
+
+    def memory(self) -> dict:
+        return {"tasks": self.tasks + 1}
 
 
 class CoFiMA(CoMA):
