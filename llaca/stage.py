@@ -50,11 +50,11 @@ class StageTraining:
         seed_everything(self.seed)
         if self.recipe.model.legacy_projector_reset and self.stage.index > 1:
             reset_connector(self.adapted.model)
+        dataset = self._records()
         if not checkpoint and self.recipe.engine.zero != "none":  # on the CPU: a GPU has its own copies to make
             start = adapter_state(self.adapted.model, "cpu")
         if shards_weights(self.recipe.engine.zero):
             cast_for_engine(self.adapted.model, getattr(torch, self.recipe.model.dtype))
-        dataset = self._records()
         steps = self.settings.steps(len(dataset), ranks.count())
         bar.total += steps - self.run.steps(self.stage)
         trainer = self._trainer(dataset)

@@ -26,13 +26,21 @@ from llava.backbones import load_base
 from llava.dataset import InstructionDataset
 from llava.trainer import LlavaTrainer, training_arguments
 
+OWN = {"olora": ["--blocks", "2"]}
+
 
 def memory_of(name: str, model: torch.nn.Module) -> dict:
     """Records with other answers than the stage's; random Fisher information; or random directions: half of every
     layer's inputs."""
     if name in ("agem", "replay"):  # replay: whole steps on any number of ranks
         return {"buffer": {"old": [0, 2, 5, 11, 14, *([1, 7, 8] if name == "replay" else [])]}}
+    if name == "olora":
+        return {"tasks": 1}
     generator, weights = torch.Generator().manual_seed(3), trainable_parameters(model)
+    if name == "magmax":
+        start = {key: weight.detach().clone() for key, weight in weights.items()}
+        largest = {key: 0.01 * torch.randn(weight.shape, generator=generator) for key, weight in weights.items()}
+        return {"start": start, "largest": largest, "trained": {key: w + largest[key] for key, w in start.items()}}
     if name == "l2":
         return {"anchor": {key: weight.detach() + 0.1 for key, weight in weights.items()}}
     if name in ("ewc", "cofima"):
@@ -52,8 +60,8 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None, hal
     """Four optimizer steps of four records, one at a time, on as many ranks as there are; `half`: in bfloat16."""
     torch.manual_seed(0)
     model, backbone = load_base(base, torch.bfloat16 if half else torch.float32)
-    method = METHODS[name](load_recipe(["--method", name]).settings)
-    rank = 4 if name == "moelora" else 3  # two experts share it
+    method = METHODS[name](load_recipe(["--method", name, *OWN.get(name, [])]).settings)
+    rank = 4 if name in ("moelora", "olora") else 3  # two experts or blocks share it
     # Dropout would differ: every rank draws its own.
     model = method.attach(model, backbone, ModelConfig(str(base), lora_rank=rank, lora_alpha=6, lora_dropout=0.0))
     for key, weight in trainable_parameters(model).items():

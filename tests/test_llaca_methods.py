@@ -5,8 +5,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from peft.utils.merge_utils import ties as peft_ties
 from safetensors.torch import load_file
 from scipy.special import rel_entr, softmax
 from test_llaca_train import TASKS, adapters, arguments, mini  # noqa: F401
@@ -21,6 +23,7 @@ from llaca.launch import commands
 from llaca.methods import METHODS
 from llaca.methods.base import StageView
 from llaca.methods.merging import merge
+from llaca.methods.task_vectors import elect, trim
 from llaca.train import run
 from llava.adapters import attach_lora, trainable_parameters
 from llava.backbones.llava15 import Llava15
@@ -186,6 +189,71 @@ def test_bema_is_the_closed_form_and_without_correction_the_average(view):
     assert not method.watches and method.after_task(shards, Path()) == (None, {})
 
 
+def test_blocks_of_the_rank_train_one_after_the_other(view):
+    """Two blocks of a rank of 2: every task moves its own, the connector, and nothing else; O-LoRA's term by numpy."""
+    method = method_of("olora", "--blocks", "2", "--penalty", "0.3")
+    method.stage, memory = view, {}
+    for task in range(3):
+        method.recall(memory)
+        shards = layout_of(view).shards()
+        shards.gradients = [torch.ones_like(weight) for weight in shards.parameters]
+        method.before_task(shards, task > 0, 1)
+        method.after_backward(shards)
+        block = min(task, 1)
+        for name, gradient in zip(shards.names, shards.gradients, strict=True):
+            wanted = torch.ones_like(gradient)
+            if "lora_A" in name:
+                wanted[1 - block] = 0
+            elif "lora_B" in name:
+                wanted[:, 1 - block] = 0
+            assert torch.equal(gradient, wanted), name
+        term = method.loss(None, None, None)
+        if task == 0:
+            assert term is None
+        else:
+            rows = [w.detach().numpy() for name, w in view.weights().items() if "lora_A" in name]
+            assert term.item() == pytest.approx(0.3 * sum(np.abs(a[:1] @ a[1:].T).sum() for a in rows), rel=1e-5)
+            gradients = torch.autograd.grad(term, list(view.weights().values()), allow_unused=True)
+            pulled = dict(zip(view.weights(), gradients, strict=True))
+            assert all((g is not None) == ("lora_A" in name) for name, g in pulled.items())
+            assert all(not g[0].any() and g[1].any() for g in pulled.values() if g is not None)
+        memory = method.memory()
+    assert memory == {"tasks": 3}
+    with pytest.raises(ValueError, match="blocks 3 does not divide lora_rank 16"):
+        method_of("stacked_lora", "--blocks", "3").check_model(load_recipe(["--method", "lora"]).model)
+
+
+def test_merged_task_vectors_are_pefts_and_training_goes_on_where_the_papers_say(view):
+    """TIES of one tensor against PEFT's, all elements kept; MagMax by brute force; and the next stage's start."""
+    vectors = [torch.randn(40, 5, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    ours = elect([trim({"w": vector}, 0.3)["w"] for vector in vectors])
+    torch.testing.assert_close(ours, peft_ties(vectors, torch.ones(3), 0.3), rtol=0, atol=1e-6)
+    for name in ("magmax", "ties"):
+        method = method_of(name, "--scale", "0.5", *(["--density", "1"] if name == "ties" else []))
+        method.stage, memory, moves, trained = view, {}, [], {}
+        start = {key: weight.detach().clone() for key, weight in view.weights().items()}
+        for task in range(3):
+            if task:
+                moved(view, 9.0)  # the merged weights, which the stage does not start from
+            method.recall(memory)
+            begins = start if name == "ties" or not task else trained
+            assert all(torch.equal(weight, begins[key]) for key, weight in view.weights().items())
+            shards = layout_of(view).shards()
+            method.before_task(shards, task > 0, 1)
+            moved(view, 0.1, task)
+            trained = {key: weight.detach().clone() for key, weight in view.weights().items()}
+            moves.append({key: weight - start[key] for key, weight in trained.items()})
+            handed, _ = method.after_task(shards, Path())
+            memory = copy.deepcopy(method.memory())
+            for place, key in enumerate(shards.names):
+                rows = np.stack([move[key].numpy() for move in moves])
+                largest = np.take_along_axis(rows, np.abs(rows).argmax(0)[None], 0)[0]
+                agrees = np.sign(rows) == np.sign(rows.sum(0))
+                mean = (rows * agrees).sum(0) / np.maximum(agrees.sum(0), 1)
+                wanted = start[key].numpy() + 0.5 * (largest if name == "magmax" else mean)
+                np.testing.assert_allclose(handed[place].numpy(), wanted, rtol=0, atol=1e-6)
+
+
 def test_l2_is_the_squared_distance_from_the_last_tasks_weights(view):
     method = method_of("l2", "--penalty", "0.3")
     method.stage = view
@@ -291,7 +359,7 @@ def test_replay_takes_its_records_from_the_earlier_tasks_own(view, tiny, tiny_da
 
 
 def test_a_memory_that_is_lost_stops_the_run(tmp_path):
-    for name in ("replay", "agem", "ewc", "l2", "pgp", "cofima", "task_merge"):
+    for name in ("replay", "agem", "ewc", "l2", "pgp", "cofima", "task_merge", "magmax", "olora"):
         who = METHODS[name].__name__
         with pytest.raises(FileNotFoundError, match=f"method.pt is not there: what {who} has to know"):
             handed_on(method_of(name), tmp_path)
@@ -321,7 +389,7 @@ def test_joined_records_are_those_of_the_datasets(view):
 @pytest.mark.parametrize(
     ("name", "line"),
     [("ewc", ["--penalty", "0"]), ("l2", ["--penalty", "0"]), ("lwf", ["--penalty", "0"]),
-     ("replay", ["--memory_records", "0"]), ("coma", ["--merge_weight", "1"])],
+     ("replay", ["--memory_records", "0"]), ("coma", ["--merge_weight", "1"]), ("stacked_lora", ["--blocks", "1"])],
 )  # fmt: skip
 def test_without_strength_every_method_is_lora_bit_for_bit(arguments, name, line):  # noqa: F811
     runs = [[*arguments[:-1], name, "--method", name, *line], [*arguments[:-1], "lora", "--method", "lora"]]
@@ -367,7 +435,7 @@ def test_eproj_trains_a_projector_for_every_group_and_nothing_else(arguments):  
     assert {own["trained_parameters"] for own in told.values()} == {sum(gqa[name].numel() for name in apart)}
 
 
-@pytest.mark.parametrize("name", ["ewc", "l2", "agem", "pgp", "cofima", "replay", "task_merge"])
+@pytest.mark.parametrize("name", ["ewc", "l2", "agem", "pgp", "cofima", "replay", "task_merge", "ties"])
 def test_a_stage_recalls_the_memory_of_its_group_not_of_the_latest_stage(arguments, monkeypatch, name):  # noqa: F811
     """TextVQA, ScienceQA, GQA: the third stage continues the first one's group."""
     seen, recall = {}, METHODS[name].recall

@@ -24,6 +24,7 @@ from llava.trainer import StepLog
 
 ROOT = Path(__file__).parents[1]
 TRAINED = sorted(set(METHODS) - {"zero_shot"})
+OWN = {"stacked_lora": ["--blocks", "2"], "olora": ["--blocks", "2"]}  # of a small rank
 
 
 def interrupted(monkeypatch, line: list[str], last: int) -> Path:
@@ -51,7 +52,7 @@ def interrupted(monkeypatch, line: list[str], last: int) -> Path:
 @pytest.mark.parametrize("name", TRAINED)
 def test_broken_off_inside_the_second_stage_and_started_again_gives_the_same_bytes(arguments, monkeypatch, name):  # noqa: F811
     """Weights, what the method hands on to later stages, and what it tells; with dropout."""
-    more = ["--method", name, "--tasks", "TextVQA", "GQA", "--save-steps", "1"]
+    more = ["--method", name, *OWN.get(name, []), "--tasks", "TextVQA", "GQA", "--save-steps", "1"]
     whole = run(load_recipe([*arguments[:-1], "whole", *more]))
     broken = interrupted(monkeypatch, [*arguments, *more], 5)
     assert adapters(broken) == adapters(whole)
@@ -87,7 +88,8 @@ def test_a_qwen_base_trains_goes_on_and_answers(arguments, tmp_path, monkeypatch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 HALF = ("agem.bf16", "pgp.bf16", "ewc.bf16")
-COMPUTED = ("agem", "bema", "cofima", "coma", "ewc", "l2", "lwf", "model_tailor", "moelora", "pgp", "replay")
+COMPUTED = ("agem", "bema", "cofima", "coma", "ewc", "l2", "lwf", "magmax", "model_tailor", "moelora", "olora",
+            "pgp", "replay")  # fmt: skip
 
 
 def work(base: Path, data: Path, out: Path, launch: list[str], methods: dict[str, tuple[str, ...]]) -> dict:

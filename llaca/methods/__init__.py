@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from llaca.methods.agem import AGEM
 from llaca.methods.base import WHOLE_TENSORS, Method
 from llaca.methods.bema import BEMA
+from llaca.methods.blocks import OLoRA, StackedLoRA
 from llaca.methods.eproj import EProj
 from llaca.methods.ewc import EWC
 from llaca.methods.l2 import L2
@@ -16,6 +17,7 @@ from llaca.methods.moelora import MoELoRA
 from llaca.methods.pgp import PGP
 from llaca.methods.reference import LoRA, LoraLowLr, LoraPerTask, MultiTask, ZeroShot
 from llaca.methods.replay import Replay
+from llaca.methods.task_vectors import MagMax, Ties
 
 if TYPE_CHECKING:  # the recipe knows the methods
     from llaca.config import Recipe
@@ -35,8 +37,12 @@ METHODS: dict[str, type[Method]] = {
     "coma": CoMA,
     "cofima": CoFiMA,
     "task_merge": TaskMerge,
+    "magmax": MagMax,
+    "ties": Ties,
     "bema": BEMA,
     "model_tailor": ModelTailor,
+    "stacked_lora": StackedLoRA,
+    "olora": OLoRA,
     "moelora": MoELoRA,
     "eproj": EProj,
     "fixed_ema": FixedEMA,

@@ -138,7 +138,8 @@ class Method(TrainHooks):
         return {}
 
     def recall(self, memory: dict) -> None:
-        """Take over the `memory` of the stage whose parameters this one continues; empty where it continues none."""
+        """Take over the `memory` of the stage whose parameters this one continues; empty where it continues none. The
+        weights that the stage starts from may be set here, in `stage.model`."""
 
     def state_dict(self) -> dict:
         """All that this rank needs to go on inside a stage exactly."""
