@@ -3,15 +3,14 @@
 They stand in the question file, or in official annotation files beside the pictures. eval/tasks/ has the scorers.
 """
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.benchmark import Benchmark, TaskSpec, image_root, open_benchmark, task_folder
+from data.boxes import exact_box
 from data.jsonfile import field, one_of, read_json_of
 from data.records import Problem, questions_of
 
@@ -22,9 +21,6 @@ SCIENCEQA_SPLITS = {"test": "test", "dev": "val"}
 GQA_NAMES = {"test": "testdev_balanced_questions.json", "dev": "dev_balanced_questions.json"}
 TEXTVQA_NAMES = {"test": "TextVQA_0.5.1_val.json", "dev": "TextVQA_0.5.1_dev.json"}
 LETTERS = "ABCDE"
-Box = tuple[float, float, float, float]
-NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"  # also 7.8125e-05, as JSON writes small numbers
-_BOX = re.compile(r"\s*,\s*".join([f"({NUMBER})"] * 4))
 
 
 class Asked(NamedTuple):
@@ -335,8 +331,7 @@ def _scienceqa_options(problems: Mapping[str, Any], pid: str, file: str) -> Opti
 
 @dataclass(frozen=True)
 class Region:
-    """The reference box [x1, y1, x2, y2] as written, the longer side of the picture in pixels, and the largest x and y
-    of boxes in it: 1 in fractions."""
+    """The reference box [x1, y1, x2, y2] as written, the picture's longer side in pixels, a box's largest x and y."""
 
     answer: str
     side: float = 1.0
@@ -359,21 +354,6 @@ class BoxFiles(TaskFiles):
             raise ValueError(f"{where}: box_frame {frame} is not the largest [x, y]; correct the record")
         # The size multiplies both boxes and cancels but for rounding: it may be left out.
         return Region(answer, max(size), (frame[0], frame[1]))
-
-
-def exact_box(text: str) -> Box | None:
-    """Four comma-separated finite numbers and nothing else, in brackets or not; None otherwise."""
-    text = text.strip()
-    if text.startswith("[") and text.endswith("]"):
-        text = text[1:-1].strip()
-    found = _BOX.fullmatch(text)
-    return finite_box(found.groups()) if found else None
-
-
-def finite_box(numbers: tuple[str, ...] | list[str]) -> Box | None:
-    """The four numbers, unless one is too large for a float."""
-    box = tuple(map(float, numbers))
-    return box if all(map(isfinite, box)) else None
 
 
 # --- by the name under `scoring` ---

@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 
 from data.benchmark import Benchmark, open_benchmark
+from data.boxes import NUMBER, Box
 from data.records import read_list
-from data.references import NUMBER, Box
 from data.sizes import picture_sizes
 from llava.backbone import Backbone, BaseOptions
 from llava.backbones import open_backbone

@@ -6,7 +6,8 @@ from math import isfinite
 import pytest
 
 from data.benchmark import TaskSpec
-from data.references import Answer, GQAAnswer, Options, Region, exact_box
+from data.boxes import exact_box
+from data.references import Answer, GQAAnswer, Options, Region
 from eval.tasks import SCORING
 from eval.tasks.grounding import loose_box
 

@@ -8,7 +8,6 @@
 No picture occurs twice anywhere, and the whole is a function of the seed.
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -20,7 +19,7 @@ import yaml
 from tqdm import tqdm
 
 from data.benchmark import COIN
-from data.mini.folder import is_version, make
+from data.mini.folder import command, is_version, make
 from data.mini.tasks import TASKS, Example
 from data.mini.world import draw
 from data.prepare.write import prompts
@@ -189,15 +188,5 @@ def fill(root: Path, seed: int) -> None:
     (root / "benchmark.yaml").write_text(yaml.safe_dump(layout(), sort_keys=False))
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("data/coin_mini"))
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    made = build(args.out, args.seed)
-    print(f"{args.out}: {'made' if made else 'already there'}")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__.splitlines()[0], build, Path("data/coin_mini"))

@@ -1,5 +1,6 @@
 """A folder of a generated benchmark: made whole or not at all, with a stamp that says what it is."""
 
+import argparse
 import json
 import tempfile
 from collections.abc import Callable
@@ -36,3 +37,12 @@ def make(root: Path, described: dict[str, Any], fill: Callable[[Path], None]) ->
     partial.chmod(0o755)
     partial.rename(root)
     return True
+
+
+def command(description: str, build: Callable[[Path, int], bool], usual: Path) -> None:
+    """The command line of what makes a benchmark of a seed, in the `usual` folder or another."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=usual)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print(f"{args.out}: {'made' if build(args.out, args.seed) else 'already there'}")

@@ -8,14 +8,13 @@
 No input of a task occurs twice, and the whole is a function of the seed.
 """
 
-import argparse
 import json
 import random
 from functools import partial
 from pathlib import Path
 
 from data.mini.dialogues import TASKS, Task
-from data.mini.folder import is_version, make
+from data.mini.folder import command, is_version, make
 from data.prepare.instructions import STREAMS, prepare
 
 NAME, VERSION = "Dialog-mini", 1
@@ -57,15 +56,5 @@ def build(root: Path, seed: int = 0) -> bool:
     return make(root, {"benchmark": NAME, "version": VERSION, "seed": seed, **sizes}, partial(fill, seed=seed))
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("data/dialog_mini"))
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    made = build(args.out, args.seed)
-    print(f"{args.out}: {'made' if made else 'already there'}")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__.splitlines()[0], build, Path("data/dialog_mini"))

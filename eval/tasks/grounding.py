@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from statistics import median
 
-from data.references import NUMBER, Box, BoxFiles, Region, exact_box, finite_box
+from data.boxes import NUMBER, Box, exact_box, finite_box
+from data.references import BoxFiles, Region
 from eval.tasks.base import Task
 
 _LOOSE_BOX = re.compile(r"(?<![\w.])" + r"[\s,;]+".join([f"({NUMBER})"] * 4))

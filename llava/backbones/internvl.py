@@ -15,14 +15,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from data.pictures import load_image
 from data.sizes import picture_sizes
 from llava.backbone import Backbone, embeddings_plus, unwrapped
-from llava.backbones.qwen_vl import CHATML, check_vocabulary
-from llava.files import check_file, check_tokenizer
+from llava.backbones.qwen_vl import CHATML, check_words, read_parts
 
 LANGUAGES = ("qwen2", "qwen3")
 
@@ -52,21 +51,8 @@ class InternVL(Backbone):
                 f"{path}: the language model is {config.text_config.model_type}; take an InternVL whose language model "
                 f"is one of {', '.join(LANGUAGES)}"
             )
-        check_tokenizer(path)
-        if not (path / "preprocessor_config.json").is_file():
-            check_file(path / "processor_config.json")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            pictures = GotOcr2ImageProcessorPil.from_pretrained(path)
-        except Exception as error:  # of many classes, none of which names the folder
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: the tokenizer or image processor there cannot be read ({reason})") from error
-        word = cls.template.placeholder
-        if tokenizer.convert_tokens_to_ids(word) != config.image_token_id:
-            raise ValueError(
-                f"{path}: the tokenizer's {word} is not token {config.image_token_id}, as config.json says"
-            )
-        check_vocabulary(path, tokenizer, config.text_config.vocab_size)
+        tokenizer, pictures = read_parts(path, GotOcr2ImageProcessorPil)
+        check_words(path, tokenizer, cls.template.placeholder, config)
         tile, sees = (pictures.size["height"], pictures.size["width"]), tuple(config.vision_config.image_size)
         if tile != sees:
             raise ValueError(f"{path}: the image processor makes tiles of {tile} pixels, the vision tower takes {sees}")

@@ -62,16 +62,8 @@ class QwenVL(Backbone):
     @classmethod
     def read_processor(cls, path: Path, config: PreTrainedConfig) -> Processor:
         """As `Backbone.read_processor`."""
-        check_tokenizer(path)
-        if not (path / "preprocessor_config.json").is_file():
-            check_file(path / "processor_config.json")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            pictures = Qwen2VLImageProcessorPil.from_pretrained(path)
-        except Exception as error:  # of many classes, none of which names the folder
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: the tokenizer or image processor there cannot be read ({reason})") from error
-        _check_tokenizer(path, config, tokenizer)
+        tokenizer, pictures = read_parts(path, Qwen2VLImageProcessorPil)
+        check_words(path, tokenizer, CHATML.placeholder, config)
         vision = config.vision_config
         for key, wanted in (
             ("patch_size", vision.patch_size),
@@ -241,11 +233,24 @@ class Qwen3VL(QwenVL):
         return 1000, 1000
 
 
-def _check_tokenizer(path: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.convert_tokens_to_ids(CHATML.placeholder) != config.image_token_id:
-        raise ValueError(
-            f"{path}: the tokenizer's {CHATML.placeholder} is not token {config.image_token_id}, as config.json says"
-        )
+def read_parts(path: Path, pictures: type) -> tuple[PreTrainedTokenizerBase, Any]:
+    """Return the tokenizer of a folder and its image processor, of the class `pictures`. Raises FileNotFoundError or
+    ValueError naming the file or folder."""
+    check_tokenizer(path)
+    if not (path / "preprocessor_config.json").is_file():
+        check_file(path / "processor_config.json")
+    try:
+        return AutoTokenizer.from_pretrained(path), pictures.from_pretrained(path)
+    except Exception as error:  # of many classes, none of which names the folder
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: the tokenizer or image processor there cannot be read ({reason})") from error
+
+
+def check_words(path: Path, tokenizer: PreTrainedTokenizerBase, picture: str, config: PreTrainedConfig) -> None:
+    """Raise ValueError naming the folder unless the tokenizer knows the word for a picture as the model does, and as
+    `check_vocabulary` does."""
+    if tokenizer.convert_tokens_to_ids(picture) != config.image_token_id:
+        raise ValueError(f"{path}: the tokenizer's {picture} is not token {config.image_token_id}, as config.json says")
     check_vocabulary(path, tokenizer, config.text_config.vocab_size)
 
 
