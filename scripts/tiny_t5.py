@@ -17,7 +17,7 @@ from data.mini.dialogues import FIRST, TASKS, story
 from data.prepare.instructions import prompt
 from scripts.tiny_families import Phase
 
-PHASES = {"denoise": Phase(4000, lr=2e-3, batch=48), "first": Phase(4000, lr=1e-3, batch=48)}
+PHASES = {"denoise": Phase(2500, lr=2e-3, batch=48), "first": Phase(3000, lr=1e-3, batch=48)}
 NOISE, SPAN, MARKS = 0.15, 3.0, 16  # share of tokens, tokens of a span on average, spans of a text at most
 
 
