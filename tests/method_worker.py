@@ -37,6 +37,8 @@ def memory_of(name: str, model: torch.nn.Module) -> dict:
     if name == "olora":
         return {"tasks": 1}
     generator, weights = torch.Generator().manual_seed(3), trainable_parameters(model)
+    if name == "reglora":
+        return {"held": {key: torch.arange(0, w.numel(), 3) for key, w in weights.items() if "lora_A" in key}}
     if name == "magmax":
         start = {key: weight.detach().clone() for key, weight in weights.items()}
         largest = {key: 0.01 * torch.randn(weight.shape, generator=generator) for key, weight in weights.items()}

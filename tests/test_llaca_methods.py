@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -105,6 +106,41 @@ def test_ewc_pulls_as_the_closed_form_of_all_earlier_tasks(view, kind):
         torch.testing.assert_close(gradient, 3 * both.detach(), rtol=1e-4, atol=1e-7)
 
 
+def test_reglora_holds_the_positions_that_earlier_tasks_changed_most(view):
+    """Two tasks, then a third: dense products in numpy, the union of both tasks' largest tenth, the mean over it."""
+    method = method_of("reglora", "--penalty", "0.7", "--share", "0.1")
+    method.stage, held, memory = view, {}, {}
+
+    def products() -> dict[str, np.ndarray]:
+        found = {name: weight.detach().double().numpy() for name, weight in view.weights().items()}
+        return {n: found[n.replace("lora_A", "lora_B")] @ a for n, a in found.items() if "lora_A" in n}
+
+    for task in range(2):
+        method.recall(memory)
+        before = products()
+        shards = layout_of(view).shards()
+        method.before_task(shards, task > 0, 1)
+        assert (method.loss(None, None, None) is None) == (task == 0)
+        moved(view, 0.05, task)
+        method.after_task(shards, Path())
+        memory = copy.deepcopy(method.memory())
+        for name, now in products().items():
+            far = np.abs(now - before[name])
+            largest = far >= np.sort(far.ravel())[-round(0.1 * far.size)]
+            held[name] = held.get(name, False) | largest
+    method.recall(memory)
+    before = products()
+    method.before_task(layout_of(view).shards(), True, 1)
+    assert method.loss(None, None, None).item() == 0, "nothing has moved yet"
+    moved(view, 0.1, 9)
+    term = method.loss(None, None, None)
+    wanted = sum(np.abs(now - before[name])[held[name]].mean() for name, now in products().items())
+    assert term.item() == pytest.approx(0.7 * wanted, rel=1e-4)
+    gradients = torch.autograd.grad(term, list(view.weights().values()), allow_unused=True)
+    pulled = dict(zip(view.weights(), gradients, strict=True))
+    assert all((g is not None) == ("lora_" in name) for name, g in pulled.items())
+
+
 def test_l2_is_the_squared_distance_from_the_last_tasks_weights(view):
     method = method_of("l2", "--penalty", "0.3")
     method.stage = view
@@ -198,7 +234,7 @@ def test_replay_takes_its_records_from_the_earlier_tasks_own(view, tiny, tiny_da
 
 
 def test_a_memory_that_is_lost_stops_the_run(tmp_path):
-    for name in ("replay", "agem", "ewc", "l2", "pgp", "cofima", "task_merge", "magmax", "olora"):
+    for name in ("replay", "agem", "ewc", "l2", "pgp", "cofima", "task_merge", "magmax", "olora", "reglora"):
         who = METHODS[name].__name__
         with pytest.raises(FileNotFoundError, match=f"method.pt is not there: what {who} has to know"):
             handed_on(method_of(name), tmp_path)
@@ -227,7 +263,8 @@ def test_joined_records_are_those_of_the_datasets(view):
 
 @pytest.mark.parametrize(
     ("name", "line"),
-    [("ewc", ["--penalty", "0"]), ("l2", ["--penalty", "0"]), ("lwf", ["--penalty", "0"]),
+    [("ewc", ["--penalty", "0"]), ("l2", ["--penalty", "0"]), ("reglora", ["--penalty", "0"]),
+     ("lwf", ["--penalty", "0"]),
      ("replay", ["--memory_records", "0"]), ("coma", ["--merge_weight", "1"]), ("stacked_lora", ["--blocks", "1"])],
 )  # fmt: skip
 def test_without_strength_every_method_is_lora_bit_for_bit(arguments, name, line):  # noqa: F811
@@ -274,7 +311,7 @@ def test_eproj_trains_a_projector_for_every_group_and_nothing_else(arguments):  
     assert {own["trained_parameters"] for own in told.values()} == {sum(gqa[name].numel() for name in apart)}
 
 
-@pytest.mark.parametrize("name", ["ewc", "l2", "agem", "pgp", "cofima", "replay", "task_merge", "ties"])
+@pytest.mark.parametrize("name", ["ewc", "l2", "agem", "pgp", "cofima", "replay", "task_merge", "ties", "reglora"])
 def test_a_stage_recalls_the_memory_of_its_group_not_of_the_latest_stage(arguments, monkeypatch, name):  # noqa: F811
     """TextVQA, ScienceQA, GQA: the third stage continues the first one's group."""
     seen, recall = {}, METHODS[name].recall

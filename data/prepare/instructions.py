@@ -41,7 +41,7 @@ class Stream(NamedTuple):
 STREAMS = {
     "instrdialog": Stream(DATA / "instrdialog" / "benchmark.yaml", evaluated=50, trained=500),
     "instrdialog_first": Stream(DATA / "instrdialog" / "first.yaml", evaluated=25, trained=100),
-    "dialog_mini": Stream(DATA / "mini" / "dialogues.yaml", evaluated=200, trained=1000),
+    "dialog_mini": Stream(DATA / "mini" / "dialogues.yaml", evaluated=100, trained=1000),
 }
 
 

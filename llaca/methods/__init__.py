@@ -16,6 +16,7 @@ from llaca.methods.model_tailor import ModelTailor
 from llaca.methods.moelora import MoELoRA
 from llaca.methods.pgp import PGP
 from llaca.methods.reference import LoRA, LoraLowLr, LoraPerTask, MultiTask, ZeroShot
+from llaca.methods.reglora import RegLoRA
 from llaca.methods.replay import Replay
 from llaca.methods.task_vectors import MagMax, Ties
 
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "lora_per_task": LoraPerTask,
     "ewc": EWC,
     "l2": L2,
+    "reglora": RegLoRA,
     "lwf": LwF,
     "replay": Replay,
     "agem": AGEM,
