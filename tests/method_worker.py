@@ -43,6 +43,10 @@ def memory_of(name: str, model: torch.nn.Module) -> dict:
         start = {key: weight.detach().clone() for key, weight in weights.items()}
         largest = {key: 0.01 * torch.randn(weight.shape, generator=generator) for key, weight in weights.items()}
         return {"start": start, "largest": largest, "trained": {key: w + largest[key] for key, w in start.items()}}
+    if name == "ccfi":
+        fisher = {key: torch.rand(weight.shape, generator=generator) for key, weight in weights.items()}
+        anchor = {key: weight.detach() + 0.1 for key, weight in weights.items()}
+        return {"buffer": {"old": [0, 2, 5, 11]}, "fisher": fisher, "anchor": anchor}
     if name == "l2":
         return {"anchor": {key: weight.detach() + 0.1 for key, weight in weights.items()}}
     if name in ("ewc", "cofima"):

@@ -234,7 +234,7 @@ def test_replay_takes_its_records_from_the_earlier_tasks_own(view, tiny, tiny_da
 
 
 def test_a_memory_that_is_lost_stops_the_run(tmp_path):
-    for name in ("replay", "agem", "ewc", "l2", "pgp", "cofima", "task_merge", "magmax", "olora", "reglora"):
+    for name in ("replay", "agem", "ewc", "l2", "pgp", "cofima", "task_merge", "magmax", "olora", "reglora", "ccfi"):
         who = METHODS[name].__name__
         with pytest.raises(FileNotFoundError, match=f"method.pt is not there: what {who} has to know"):
             handed_on(method_of(name), tmp_path)
@@ -265,7 +265,10 @@ def test_joined_records_are_those_of_the_datasets(view):
     ("name", "line"),
     [("ewc", ["--penalty", "0"]), ("l2", ["--penalty", "0"]), ("reglora", ["--penalty", "0"]),
      ("lwf", ["--penalty", "0"]),
-     ("replay", ["--memory_records", "0"]), ("coma", ["--merge_weight", "1"]), ("stacked_lora", ["--blocks", "1"])],
+     ("replay", ["--memory_records", "0"]), ("coma", ["--merge_weight", "1"]), ("stacked_lora", ["--blocks", "1"]),
+     ("recyclable", ["--penalty", "0", "--hidden", "0"]), ("corrective", ["--penalty", "0", "--boost", "0"]),
+     ("smoothing", ["--smoothing", "0"]), ("pace", ["--noise", "0"]), ("dgg", ["--probability", "0"]),
+     ("osf", ["--keep", "0"])],
 )  # fmt: skip
 def test_without_strength_every_method_is_lora_bit_for_bit(arguments, name, line):  # noqa: F811
     runs = [[*arguments[:-1], name, "--method", name, *line], [*arguments[:-1], "lora", "--method", "lora"]]
@@ -311,7 +314,9 @@ def test_eproj_trains_a_projector_for_every_group_and_nothing_else(arguments):  
     assert {own["trained_parameters"] for own in told.values()} == {sum(gqa[name].numel() for name in apart)}
 
 
-@pytest.mark.parametrize("name", ["ewc", "l2", "agem", "pgp", "cofima", "replay", "task_merge", "ties", "reglora"])
+@pytest.mark.parametrize(
+    "name", ["ewc", "l2", "agem", "pgp", "cofima", "replay", "task_merge", "ties", "reglora", "ccfi"]
+)
 def test_a_stage_recalls_the_memory_of_its_group_not_of_the_latest_stage(arguments, monkeypatch, name):  # noqa: F811
     """TextVQA, ScienceQA, GQA: the third stage continues the first one's group."""
     seen, recall = {}, METHODS[name].recall

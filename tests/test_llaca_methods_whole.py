@@ -88,8 +88,8 @@ def test_a_qwen_base_trains_goes_on_and_answers(arguments, tmp_path, monkeypatch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 HALF = ("agem.bf16", "pgp.bf16", "ewc.bf16")
-COMPUTED = ("agem", "bema", "cofima", "coma", "ewc", "l2", "lwf", "magmax", "model_tailor", "moelora", "olora",
-            "pgp", "reglora", "replay")  # fmt: skip
+COMPUTED = ("agem", "bema", "ccfi", "cofima", "coma", "dgg", "ewc", "l2", "lwf", "magmax", "model_tailor", "moelora",
+            "olora", "pgp", "reglora", "replay")  # fmt: skip
 
 
 def work(base: Path, data: Path, out: Path, launch: list[str], methods: dict[str, tuple[str, ...]]) -> dict:

@@ -57,6 +57,17 @@ class Shards:
         return total.to(table.device)
 
 
+def add_at_own_length(shards: Shards, directions: list[Tensor]) -> None:
+    """Add to the gradients, in place, tensors like the parameters, scaled to the gradients' length over all tensors
+    together; nothing where they are zero."""
+    pairs = zip(shards.gradients, directions, strict=True)
+    squares = torch.stack([torch.stack([one.double().square().sum() for one in pair]) for pair in pairs])
+    own, other = shards.sum(squares).sum(0).sqrt()
+    scale = torch.where(other > 0, own / other, 0).float()
+    for gradient, direction in zip(shards.gradients, directions, strict=True):
+        gradient.add_((scale * direction).to(gradient.dtype))
+
+
 class Layout:
     """The slices of this rank, in the model's order, and all tensors that its optimizer steps on."""
 

@@ -6,6 +6,9 @@ from llaca.methods.agem import AGEM
 from llaca.methods.base import WHOLE_TENSORS, Method
 from llaca.methods.bema import BEMA
 from llaca.methods.blocks import OLoRA, StackedLoRA
+from llaca.methods.ccfi import CCFI
+from llaca.methods.dgg import DGG
+from llaca.methods.distilled import Corrective, Recyclable
 from llaca.methods.eproj import EProj
 from llaca.methods.ewc import EWC
 from llaca.methods.l2 import L2
@@ -14,10 +17,13 @@ from llaca.methods.lwf import LwF
 from llaca.methods.merging import CoFiMA, CoMA, TaskMerge
 from llaca.methods.model_tailor import ModelTailor
 from llaca.methods.moelora import MoELoRA
+from llaca.methods.osf import OSF
+from llaca.methods.pace import PACE
 from llaca.methods.pgp import PGP
-from llaca.methods.reference import LoRA, LoraLowLr, LoraPerTask, MultiTask, ZeroShot
+from llaca.methods.reference import LoRA, LoraLowLr, LoraPerTask, LoraStable, MultiTask, ZeroShot
 from llaca.methods.reglora import RegLoRA
 from llaca.methods.replay import Replay
+from llaca.methods.smoothing import Smoothing
 from llaca.methods.task_vectors import MagMax, Ties
 
 if TYPE_CHECKING:  # the recipe knows the methods
@@ -28,14 +34,22 @@ METHODS: dict[str, type[Method]] = {
     "multi_task": MultiTask,
     "lora": LoRA,
     "lora_low_lr": LoraLowLr,
+    "lora_stable": LoraStable,
     "lora_per_task": LoraPerTask,
     "ewc": EWC,
     "l2": L2,
     "reglora": RegLoRA,
     "lwf": LwF,
+    "recyclable": Recyclable,
+    "corrective": Corrective,
+    "smoothing": Smoothing,
+    "pace": PACE,
     "replay": Replay,
+    "ccfi": CCFI,
     "agem": AGEM,
+    "dgg": DGG,
     "pgp": PGP,
+    "osf": OSF,
     "coma": CoMA,
     "cofima": CoFiMA,
     "task_merge": TaskMerge,

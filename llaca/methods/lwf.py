@@ -16,6 +16,14 @@ from torch.nn.functional import kl_div, log_softmax
 from llaca.engines.shards import Shards
 from llaca.fields import setting
 from llaca.methods.base import WHOLE_TENSORS, Method
+from llava.backbone import Backbone
+
+
+def spoken(backbone: Backbone, logits: Tensor) -> Tensor:
+    """Which columns of logits [tokens, words] are words: bool [words]."""
+    words = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    words[backbone.silent] = False
+    return words
 
 
 class LwF(Method):
@@ -37,19 +45,23 @@ class LwF(Method):
         """The distillation term, None in the first stage of these parameters."""
         if self.teacher is None:
             return None
-        backbone = self.stage.backbone
+        divergence = self.divergence(outputs.logits, self.taught(inputs), "batchmean")
+        return self.settings.penalty * self.settings.temperature**2 * divergence
+
+    def taught(self, inputs) -> Tensor:
+        """z_old [tokens, words], without dropout."""
 
         def teacher(**given):
             return functional_call(self.stage.model, self.teacher, (), given)
 
         with torch.no_grad(), self.stage.evaluating():
-            old, _ = backbone.answer_logits(teacher, inputs)
-        temperature = self.settings.temperature
-        words = torch.ones(old.logits.shape[-1], dtype=torch.bool, device=old.logits.device)
-        words[backbone.silent] = False
-        said, wanted = (log_softmax(z[:, words].float() / temperature, dim=-1) for z in (outputs.logits, old.logits))
-        divergence = kl_div(said, wanted, log_target=True, reduction="batchmean")
-        return self.settings.penalty * temperature**2 * divergence
+            return self.stage.backbone.answer_logits(teacher, inputs)[0].logits
+
+    def divergence(self, logits: Tensor, taught: Tensor, reduction: str) -> Tensor:
+        """KL of both softmaxes: "batchmean" over the tokens, or "none", of each token and word."""
+        temperature, words = self.settings.temperature, spoken(self.stage.backbone, logits)
+        said, wanted = (log_softmax(z[:, words].float() / temperature, dim=-1) for z in (logits, taught))
+        return kl_div(said, wanted, log_target=True, reduction=reduction)
 
     def state_dict(self) -> dict:
         return {} if self.teacher is None else {"teacher": self.teacher}

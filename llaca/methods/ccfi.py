@@ -1,0 +1,82 @@
+"""Fisher replay with a balance that is not chosen, in the style of CCFI (arXiv 2201.01420).
+
+    buffer    of every task the n records with the largest |d log p(y_r | x_r) / d theta|^2
+    g <- g + |g| p / |p|      p = F (theta - theta*), element by element: EWC's pull, as long as the step's gradient
+
+F is the diagonal Fisher information of earlier tasks, summed, theta* the weights after the last one, as in
+llaca/methods/ewc.py; the norms go over all trained tensors. The source has its examples chosen by Fisher information
+and a weight of the consolidation that is not tuned; its rule is not published, and this is our reading.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llaca import ranks
+from llaca.engines.shards import Shards, add_at_own_length
+from llaca.fields import setting
+from llaca.methods.base import WHOLE_TENSORS
+from llaca.methods.replay import Replay
+
+
+class CCFI(Replay):
+    """Replay of the records that matter most, and EWC of equal strength with the task."""
+
+    @dataclass
+    class Settings:
+        memory_records: int = setting(20, "n, records of each earlier task that are kept", least=0)
+        estimate_records: int = setting(200, "records that are looked at after a stage", least=1)
+
+    engines = WHOLE_TENSORS
+    edits_gradients = True
+    fisher: dict[str, Tensor]
+    anchor: dict[str, Tensor]
+
+    @property
+    def watches(self) -> bool:
+        return bool(self.fisher)
+
+    def recall(self, memory: dict) -> None:
+        super().recall(memory)
+        self.fisher, self.anchor = memory.get("fisher", {}), memory.get("anchor", {})
+
+    def after_backward(self, shards: Shards) -> None:
+        layout = shards.layout
+        parts = zip(shards.parameters, layout.cut(self.fisher), layout.cut(self.anchor), strict=True)
+        pulls = [f.to(p.device) * (p.detach().float() - a.to(p.device)) for p, f, a in parts]
+        add_at_own_length(shards, pulls)
+
+    def after_task(self, shards: Shards, folder: Path) -> tuple[None, dict]:
+        fisher, sizes = self.looked_at()
+        self.fisher = {name: own + self.fisher.get(name, 0) for name, own in fisher.items()}
+        self.anchor = shards.layout.gather(shards.parameters)
+        chosen = sorted(sizes, key=lambda record: (-sizes[record], record))[: self.settings.memory_records]
+        replayed = sum(map(len, self.buffer.values()))
+        self.buffer[self.stage.task] = sorted(chosen)
+        return None, {"replayed": replayed}
+
+    def looked_at(self) -> tuple[dict[str, Tensor], dict[int, float]]:
+        """The diagonal Fisher information (as llaca/fisher.py has it), on the CPU, and every record's squared gradient;
+        the ranks share the records."""
+        stage = self.stage
+        weights, drawn = stage.weights(), stage.draw(self.settings.estimate_records)
+        fisher = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+        sizes = torch.zeros(len(drawn), device=next(iter(weights.values())).device)
+        with stage.evaluating():
+            for place in range(ranks.rank(), len(drawn), ranks.count()):
+                [batch] = stage.batches([drawn[place]])
+                loss = stage.backbone.answer_loss(stage.model, batch)
+                for name, gradient in zip(
+                    weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True
+                ):
+                    if gradient is not None:
+                        square = gradient.float().square()
+                        sizes[place] += square.sum()
+                        fisher[name].add_(square, alpha=1 / len(drawn))
+        ranks.add_up([*fisher.values(), sizes])
+        return {name: f.cpu() for name, f in fisher.items()}, dict(zip(drawn, sizes.tolist(), strict=True))
+
+    def memory(self) -> dict:
+        return {**super().memory(), "fisher": self.fisher, "anchor": self.anchor}
