@@ -1,6 +1,7 @@
 """Averages, merges and blocks of the rank, against closed forms, numpy and PEFT."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,47 @@ def test_blocks_of_the_rank_train_one_after_the_other(view):  # noqa: F811
     assert memory == {"tasks": 3}
     with pytest.raises(ValueError, match="blocks 3 does not divide lora_rank 16"):
         method_of("stacked_lora", "--blocks", "3").check_model(load_recipe(["--method", "lora"]).model)
+
+
+def test_inflora_reads_where_earlier_tasks_have_no_inputs(view):  # noqa: F811
+    """Two tasks on halves of the rank; inputs taken down by hooks of our own, directions by numpy."""
+    method = method_of("inflora", "--blocks", "2", "--energy", "0.6", "--estimate_records", "6")
+    method.stage, memory, bases = view, {}, {}
+    for task in range(2):
+        view.seed, seen, hooks = task, {}, []
+        for name in view.weights():
+            if "lora_A" in name:
+                seen[name] = []
+                take = partial(lambda rows, _, x: rows.append(x[0].flatten(0, -2)), seen[name])
+                hooks.append(view.model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(take))
+        view.model.eval()
+        with torch.no_grad():
+            for record in view.draw(6):
+                [batch] = view.batches([record])
+                view.backbone.answer_loss(view.model, batch)
+        for hook in hooks:
+            hook.remove()
+        inputs = {name: torch.cat(rows).double().numpy() for name, rows in seen.items()}
+        method.recall(memory)
+        for name, weight in view.weights().items():
+            if "lora_A" not in name:
+                continue
+            row, x = weight.detach().double().numpy()[task], inputs[name]
+            rest = x - x @ bases[name] @ bases[name].T if task else x
+            leading = np.linalg.svd(rest, full_matrices=False)[2][0]
+            assert abs(row @ leading) == pytest.approx(1, abs=1e-3), name
+            if task:
+                assert np.abs(row @ bases[name]).max() < 1e-4
+        shards = layout_of(view).shards()
+        shards.gradients = [torch.ones_like(weight) for weight in shards.parameters]
+        method.before_task(shards, task > 0, 1)
+        method.after_backward(shards)
+        for name, gradient in zip(shards.names, shards.gradients, strict=True):
+            wanted = 0 if "lora_A" in name else gradient.shape[0] if "lora_B" in name else gradient.numel()
+            assert gradient.sum() == wanted, name
+        method.after_task(shards, Path())
+        memory = copy.deepcopy(method.memory())
+        bases = {name: basis.double().numpy() for name, basis in memory["basis"].items()}
 
 
 def test_merged_task_vectors_are_pefts_and_training_goes_on_where_the_papers_say(view):  # noqa: F811

@@ -24,7 +24,8 @@ from llava.trainer import StepLog
 
 ROOT = Path(__file__).parents[1]
 TRAINED = sorted(set(METHODS) - {"zero_shot"})
-OWN = {"stacked_lora": ["--blocks", "2"], "olora": ["--blocks", "2"]}  # of a small rank
+OWN = {"stacked_lora": ["--blocks", "2"], "olora": ["--blocks", "2"],
+       "inflora": ["--blocks", "2", "--estimate_records", "6"]}  # fmt: skip  # of a small rank
 
 
 def interrupted(monkeypatch, line: list[str], last: int) -> Path:

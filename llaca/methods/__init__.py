@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from llaca.methods.agem import AGEM
 from llaca.methods.base import WHOLE_TENSORS, Method
 from llaca.methods.bema import BEMA
-from llaca.methods.blocks import OLoRA, StackedLoRA
+from llaca.methods.blocks import InfLoRA, OLoRA, StackedLoRA
 from llaca.methods.ccfi import CCFI
 from llaca.methods.dgg import DGG
 from llaca.methods.distilled import Corrective, Recyclable
@@ -59,6 +59,7 @@ METHODS: dict[str, type[Method]] = {
     "model_tailor": ModelTailor,
     "stacked_lora": StackedLoRA,
     "olora": OLoRA,
+    "inflora": InfLoRA,
     "moelora": MoELoRA,
     "eproj": EProj,
     "fixed_ema": FixedEMA,

@@ -7,11 +7,16 @@
 
     L = CE + lambda sum_{i<k} sum |A_i A_k^T|
 
-(the sum over all elements of the product; MCITlib's lambda is 0.05). The whole is one LoRA of rank r, whose later
-blocks of B are zero; stock PEFT reads it. A task beyond the n-th trains the last block on. The connector trains
-throughout.
+(the sum over all elements of the product; MCITlib's lambda is 0.05). InfLoRA (Liang and Li, arXiv 2404.00228) chooses
+A_k and trains B_k alone: A_k's rows are the leading directions of the task's inputs outside of those of earlier tasks,
+
+    A_k = top eigenvectors of (I - U U^T) X X^T (I - U U^T),      U as in llaca/methods/pgp.py, of what reaches A
+
+so that what earlier tasks' inputs give is left alone. The whole is one LoRA of rank r, whose later blocks of B are
+zero; stock PEFT reads it. A task beyond the n-th trains the last block on. The connector trains throughout.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +26,8 @@ from torch import Tensor
 from llaca.engines.shards import Shards
 from llaca.fields import setting
 from llaca.methods.base import WHOLE_TENSORS, Method
+from llaca.methods.pgp import extended
+from llaca.second_moments import passes, second_moments
 from llaca.sections import ModelConfig
 
 
@@ -33,6 +40,7 @@ class StackedLoRA(Method):
 
     engines = WHOLE_TENSORS
     edits_gradients = True
+    trains_a = True  # else A's block is as `recall` left it
     tasks = 0  # before this one
 
     def check_model(self, config: ModelConfig) -> None:
@@ -61,7 +69,8 @@ class StackedLoRA(Method):
         masks = {}
         for name, weight in self.stage.weights().items():
             masks[name] = torch.zeros(weight.shape, device=weight.device)
-            self.own(name, masks[name]).fill_(1)
+            if self.trains_a or "lora_A" not in name:
+                self.own(name, masks[name]).fill_(1)
         self.masks = [
             mask.to(now.device) for mask, now in zip(shards.layout.cut(masks), shards.parameters, strict=True)
         ]
@@ -94,3 +103,42 @@ class OLoRA(StackedLoRA):
             if "lora_A" in name
         ]
         return self.settings.penalty * torch.stack(overlaps).sum()
+
+
+class InfLoRA(StackedLoRA):
+    """Blocks whose inputs are chosen, where earlier tasks have none, and rest."""
+
+    @dataclass
+    class Settings(StackedLoRA.Settings):
+        energy: float = setting(0.95, "share of the inputs' |X|^2 that U holds", least=0, most=1)
+        estimate_records: int = setting(200, "records whose inputs are X", least=1)
+
+    trains_a = False
+    basis: dict[str, Tensor]  # name of a lora_A -> U [inputs, directions]
+
+    def recall(self, memory: dict) -> None:
+        super().recall(memory)
+        weights = self.stage.weights()
+        self.basis = {name: basis.to(weights[name].device) for name, basis in memory.get("basis", {}).items()}
+        with torch.no_grad():
+            for name, energies in self.energies():
+                block, basis = self.own(name, weights[name]), self.basis.get(name)
+                if basis is not None:
+                    energies = energies - basis @ (basis.T @ energies)
+                    energies = energies - (energies @ basis) @ basis.T
+                vectors = torch.linalg.eigh((energies + energies.T).double() / 2).eigenvectors
+                block.copy_(vectors.flip(1)[:, : len(block)].T)
+
+    def energies(self) -> Iterator[tuple[str, Tensor]]:
+        """X X^T of what reaches each lora_A."""
+        inputs = ((name, weight) for name, weight in self.stage.weights().items() if "lora_A" in name)
+        for names in passes(inputs):
+            yield from second_moments(self.stage, names, self.settings.estimate_records).items()
+
+    def after_task(self, shards: Shards, folder: Path) -> tuple[None, dict]:
+        for name, energies in self.energies():
+            self.basis[name] = extended(self.basis.get(name), energies, self.settings.energy)
+        return super().after_task(shards, folder)
+
+    def memory(self) -> dict:
+        return {**super().memory(), "basis": {name: basis.cpu() for name, basis in self.basis.items()}}

@@ -30,10 +30,10 @@ Vectors = dict[str, Tensor]  # by tensor name
 class TaskVectors(Method):
     """LoRA whose stages are merged afterwards; the merged weights are for answering alone."""
 
-    memory_: dict
+    kept: dict
 
     def recall(self, memory: dict) -> None:
-        self.memory_ = dict(memory)
+        self.kept = dict(memory)
         if memory:
             set_adapter_state(self.stage.model, self.begins_at(memory))
 
@@ -48,25 +48,25 @@ class TaskVectors(Method):
 
     def before_task(self, shards: Shards, matched: bool, steps: int) -> None:
         if not matched:
-            self.memory_ = {"start": shards.layout.gather(shards.parameters)}
+            self.kept = {"start": shards.layout.gather(shards.parameters)}
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[list[Tensor] | None, dict]:
-        start, trained = self.memory_["start"], shards.layout.gather(shards.parameters)
+        start, trained = self.kept["start"], shards.layout.gather(shards.parameters)
         vector = {name: weight - start[name] for name, weight in trained.items()}
-        total, kept = self.merged(vector, trained, self.memory_)
-        self.memory_ = {"start": start, **kept}
+        total, kept = self.merged(vector, trained, self.kept)
+        self.kept = {"start": start, **kept}
         scale = self.settings.scale
         handed = {name: start[name] + scale * moved for name, moved in total.items()}
         return [part.to(now.device) for part, now in zip(shards.layout.cut(handed), shards.parameters, strict=True)], {}
 
     def memory(self) -> dict:
-        return self.memory_
+        return self.kept
 
     def state_dict(self) -> dict:
-        return {"memory": self.memory_}
+        return {"memory": self.kept}
 
     def load_state_dict(self, state: dict) -> None:
-        self.memory_ = state["memory"]
+        self.kept = state["memory"]
 
 
 class MagMax(TaskVectors):
