@@ -9,10 +9,12 @@ import pytest
 import torch
 from peft.utils.merge_utils import ties as peft_ties
 from test_llaca_methods import layout_of, method_of, moved, view  # noqa: F401
+from test_llaca_train import adapters, arguments, mini  # noqa: F401
 
 from llaca.config import load_recipe
 from llaca.methods.merging import merge
 from llaca.methods.task_vectors import elect, trim
+from llaca.train import run
 
 
 def test_a_horizon_in_stages_takes_the_place_of_a_constant():
@@ -211,3 +213,42 @@ def test_cofima_with_equal_fisher_is_coma_and_weighs_by_fisher():
     g = torch.rand(50, generator=generator)
     by_hand = (0.6 * f * old + 0.4 * g * new) / (0.6 * f + 0.4 * g)
     torch.testing.assert_close(merge(old, new, f, g, 0.4), by_hand)
+
+
+def test_an_average_of_projected_steps_stays_where_they_may_go(view):  # noqa: F811
+    """And is their mean, weighed by hand."""
+    method = method_of("averaged_pgp", "--horizon", "0.5")
+    generator, basis = torch.Generator().manual_seed(3), {}
+    for name, weight in view.weights().items():
+        inputs = weight.shape[1] if weight.dim() == 2 else 1
+        basis[name] = torch.linalg.qr(torch.randn(inputs, inputs, generator=generator)).Q[:, : inputs // 2].contiguous()
+    method.stage = view
+    method.recall({"basis": basis})
+    shards = layout_of(view).shards()
+    method.before_task(shards, True, 8)
+    start = {name: weight.detach().clone() for name, weight in view.weights().items()}
+    mean = {name: weight.double() for name, weight in start.items()}
+    for step in range(8):
+        moved(view, 0.1, step)
+        shards.gradients = [torch.ones_like(weight) for weight in shards.parameters]
+        method.after_step(shards)
+        for name, weight in view.weights().items():
+            mean[name] = 0.75 * mean[name] + 0.25 * weight.detach().double()  # 1 - beta = 1 / (0.5 x 8)
+    averages = method.average.average.averages()
+    for name, average in averages.items():
+        torch.testing.assert_close(average.double(), mean[name], rtol=0, atol=1e-5)
+        change = average - start[name]
+        assert change.norm() > 1e-3 or change.dim() == 1
+        rows = change if change.dim() == 2 else change[:, None]
+        assert (rows @ basis[name]).abs().max() < 1e-4 if basis[name].numel() else True
+
+
+def test_without_directions_it_is_the_fixed_average_bit_for_bit(arguments):  # noqa: F811
+    lines = [["averaged_pgp", "--energy", "0"], ["fixed_ema", "--grouping", "true"]]
+    found = [
+        run(load_recipe([*arguments[:-1], name, "--method", name, *more, "--horizon", "0.7"])) for name, *more in lines
+    ]
+    ours, fixed = (adapters(folder) for folder in found)
+    assert {key: value for key, value in ours.items() if "/adapter/" in key} == {
+        key: value for key, value in fixed.items() if "/adapter/" in key
+    }

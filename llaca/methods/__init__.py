@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from llaca.methods.agem import AGEM
+from llaca.methods.averaged_pgp import AveragedPGP
 from llaca.methods.base import WHOLE_TENSORS, Method
 from llaca.methods.bema import BEMA
 from llaca.methods.blocks import InfLoRA, OLoRA, StackedLoRA
@@ -64,6 +65,7 @@ METHODS: dict[str, type[Method]] = {
     "eproj": EProj,
     "fixed_ema": FixedEMA,
     "llaca": LLaCA,
+    "averaged_pgp": AveragedPGP,
 }
 
 
