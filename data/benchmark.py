@@ -18,6 +18,7 @@ import yaml
 from data.pictures import shown
 
 COIN = Path(__file__).with_name("coin.yaml")
+NOT_YET = {Path("data/dialog_mini"): Path(__file__).parent / "mini" / "dialogues.yaml"}  # before it is made
 INSTRUCTION_SETS = ("original", "diverse", "10type")
 INSTRUCTION_PLACES = ("last line", "first line", "before colon")
 
@@ -95,7 +96,8 @@ FIELD_TYPES = get_type_hints(TaskSpec)
 
 
 def open_benchmark(root: "Path | str | Benchmark", file: Path | None = None) -> Benchmark:
-    """The benchmark in a folder, described by `file`, by the folder's own benchmark.yaml, or as CoIN.
+    """The benchmark in a folder, described by `file`, by the folder's own benchmark.yaml, or as CoIN; a generated one
+    that is not there yet as it will be.
 
     A benchmark that is open already comes back as it is. Raises ValueError naming file and key for a description that
     cannot be followed.
@@ -104,7 +106,7 @@ def open_benchmark(root: "Path | str | Benchmark", file: Path | None = None) -> 
         return root
     root = Path(root)
     own = root / "benchmark.yaml"
-    file = file or (own if own.is_file() else COIN)
+    file = file or (own if own.is_file() else NOT_YET.get(root, COIN))
     return _open(root, file, file.stat().st_mtime_ns)
 
 

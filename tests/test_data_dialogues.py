@@ -4,6 +4,7 @@ import filecmp
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from data.benchmark import open_benchmark
 from data.check import check
 from data.mini import text_stream
 from data.mini.dialogues import FIRST, GOODS, KIND_OF, NUMBERS, TASKS, WORDS
+from llaca.config import load_recipe
 from scripts.tiny_t5 import MARKS, TinyT5, corrupted
 
 GOODBYES = ("Good, I take them.", "Fine, that is a fair price.", "Yes, here is the money.")
@@ -91,6 +93,12 @@ def test_the_benchmark_is_a_function_of_the_seed_and_its_splits_share_nothing(tm
         assert len(set(asked)) == len(asked) == 1100
         theirs = (other / "tasks" / task / "test.json").read_text()
         assert (one / "tasks" / task / "test.json").read_text() != theirs
+
+
+def test_its_recipe_can_be_read_before_it_is_made(tmp_path, monkeypatch):
+    config = (Path(__file__).parents[1] / "configs" / "dialog_mini_t5.yaml").resolve()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(["--recipe", str(config), "--method", "lora"]).stream.tasks == list(TASKS)
 
 
 def test_a_text_with_gaps_and_what_fills_them_are_the_text():
