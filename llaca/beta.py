@@ -162,6 +162,8 @@ def settings_of(variant: str, given: Mapping[str, float | str | None]) -> dict:
     if unknown := sorted(given.keys() - known.keys()):
         raise ValueError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
     settings = known | {key: value for key, value in given.items() if value is not None}
+    if name == "uniform" and settings["start"] != "stage_start":
+        raise ValueError("uniform: start must be stage_start, for the start is one of the weights")
     for key, value in settings.items():
         holds, rule = LIMITS[key]
         if not holds(value):

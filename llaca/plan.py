@@ -43,7 +43,7 @@ from data.benchmark import train_file
 from llaca.beta import settings_of
 from llaca.config import Recipe, load_recipe
 from llaca.ema import BLOCK, kept_of_the_past, kernels_of
-from llaca.methods import method_of
+from llaca.methods import METHODS, method_of
 from llava.adapters import is_connector, trainable_parameters
 from llava.backbone import Backbone
 from llava.backbones import NF4_BLOCK, blank_model
@@ -167,9 +167,9 @@ def answering_bytes(recipe: Recipe, blank: Blank, tokens: int) -> tuple[float, f
 
 
 def average_bytes(recipe: Recipe, trained: float) -> float:
-    """Per value, float32: the average and what the method's rule remembers. 0 for a method without an average."""
+    """Per value, float32: the average and what the method's rule remembers, or the copies that the method keeps."""
     if (rule := getattr(recipe.settings, "average", None)) is None:
-        return 0.0
+        return 4 * trained * METHODS[recipe.method.method].copies
     return 4 * trained * (1 + len(kept_of_the_past(settings_of(rule, {})["variant"])))
 
 

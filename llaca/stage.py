@@ -48,9 +48,9 @@ class StageTraining:
         self._take_start()
         checkpoint, start = latest(self.folder / TRAINER), None
         seed_everything(self.seed)
+        dataset = self._records()
         if self.recipe.model.legacy_projector_reset and self.stage.index > 1:
             reset_connector(self.adapted.model)
-        dataset = self._records()
         if not checkpoint and self.recipe.engine.zero != "none":  # on the CPU: a GPU has its own copies to make
             start = adapter_state(self.adapted.model, "cpu")
         if shards_weights(self.recipe.engine.zero):

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from data.benchmark import Benchmark, open_benchmark
-from data.boxes import NUMBER, Box
+from data.boxes import NUMBER, Box, exact_box
 from data.records import read_list
 from data.sizes import picture_sizes
 from llava.backbone import Backbone, BaseOptions
@@ -66,7 +66,10 @@ def rewrite(record: dict[str, Any], size: tuple[int, int], frame: Frame) -> dict
     if "text" in new:
         new["text"] = change(new["text"])
     if "answer_bbox" in new:
-        new |= {"answer_bbox": change(new["answer_bbox"]), "box_frame": list(frame)}
+        if (box := exact_box(new["answer_bbox"])) is None:
+            raise ValueError(f"answer_bbox '{new['answer_bbox']}' is not [x1, y1, x2, y2]; correct the record")
+        sides = ", ".join(map(str, in_frame(box, size, frame)))
+        new |= {"answer_bbox": f"[{sides}]", "box_frame": list(frame)}
     return new
 
 
@@ -74,12 +77,14 @@ def rewrite_file(source: Path, target: Path, images: Path, frame_of: Callable[[i
     """Write a file of records anew; return how many there are. Raises ValueError naming file and record for boxes
     without a picture that can be opened, or that leave it."""
     records = read_list(source)
+    if strange := [number for number, record in enumerate(records) if not isinstance(record, dict)]:
+        raise ValueError(f"{source}, record {strange[0]} is no object; correct the file")
     names = sorted({str(record["image"]) for record in records if "image" in record})
     sizes = dict(zip(names, picture_sizes(images, names).tolist(), strict=True))
     found = []
     for number, record in enumerate(records):
         where = f"{source}, record {number} (id {record.get('id', record.get('question_id'))!r})"
-        if not BOX.search(json.dumps(record)):
+        if not BOX.search(json.dumps(record)) and "answer_bbox" not in record:
             found.append(record)
             continue
         width, height = sizes.get(str(record.get("image")), (0, 0))

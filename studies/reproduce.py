@@ -22,6 +22,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from data.benchmark import open_benchmark
 from eval.predict import CELLS, EvaluatedRun, open_run
 from eval.report import answer, baseline, draw, score_run, write_table
 from eval.run_statistics import costs, differences, fallback_notes, format_notes, run_statistics, scoring_notes
@@ -155,11 +156,14 @@ def table(
     behind = run_statistics(runs, metrics)
     majority, left_out = baseline(every[0])
     found = results_table(rows, majority)
-    notes = [study["title"] + (", on CoIN-mini with the small base" if options.mini else "") + f"; {split} split."]
+    where = f", on {open_benchmark(stream.data_root).name} with the small base" if options.mini else ""
+    notes = [f"{study['title']}{where}; {split} split."]
     wordings = {run.recipe.stream.instructions for run in every}
     notes += [f"The majority row is of the {stream.instructions} instructions."] if len(wordings) > 1 else []
-    notes += ["Lines marked 'printed' are the paper's, of the 7B or 13B model on CoIN."] if printed else []
-    notes += scoring_notes(every[0].scoring, bool(printed))
+    whose = study.get("printed", "of the 7B or 13B model on CoIN")
+    notes += [f"Lines marked 'printed' are the paper's, {whose}."] if printed else []
+    released = "AR" not in metrics[every[0].name]  # ROUGE-L is the same whoever computes it
+    notes += scoring_notes(every[0].scoring, bool(printed) and released)
     found = replace(
         found, notes=(*notes, *found.notes, *left_out, *format_notes(runs, metrics), *fallback_notes(behind))
     )

@@ -12,6 +12,8 @@ from test_llaca_methods import layout_of, method_of, moved, view  # noqa: F401
 from test_llaca_train import adapters, arguments, mini  # noqa: F401
 
 from llaca.config import load_recipe
+from llaca.methods import method_of as checked
+from llaca.methods.blocks import leading
 from llaca.methods.merging import merge
 from llaca.methods.task_vectors import elect, trim
 from llaca.train import run
@@ -35,6 +37,10 @@ def test_a_horizon_in_stages_takes_the_place_of_a_constant():
     assert method_of("llaca", "--average", "secant", "--horizon", "2")._start(["w"], [torch.zeros(5)], 50).settings[
         "mu_rel"
     ] == pytest.approx(99)
+    with pytest.raises(ValueError, match="beta and horizon say the same thing twice"):
+        method_of("fixed_ema", "--beta", "0.9", "--horizon", "0.5")
+    with pytest.raises(ValueError, match="uniform: start must be stage_start"):
+        method_of("llaca", "--average", "uniform", "--average_start", "after_first_step")
     with pytest.raises(ValueError, match="the rule eq45 has none; those that do are fixed, lcia_release, secant"):
         method_of("llaca", "--average", "eq45", "--horizon", "1")
 
@@ -170,6 +176,30 @@ def test_inflora_reads_where_earlier_tasks_have_no_inputs(view):  # noqa: F811
         method.after_task(shards, Path())
         memory = copy.deepcopy(method.memory())
         bases = {name: basis.double().numpy() for name, basis in memory["basis"].items()}
+
+
+def test_inflora_leaves_a_full_rank_as_it_is_and_takes_no_direction_twice(view):  # noqa: F811
+    """A task beyond the last block trains it on; where no direction is left, a row reads nothing."""
+    method = method_of("inflora", "--blocks", "2", "--estimate_records", "6")
+    method.stage = view
+    before = {name: weight.detach().clone() for name, weight in view.weights().items()}
+    method.recall({"tasks": 2, "basis": {}})
+    assert all(torch.equal(weight, before[name]) for name, weight in view.weights().items())
+    x = torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(torch.randn(6, 4, dtype=torch.float64)).Q
+    rows = leading(x.T @ x, basis.float(), 3)
+    torch.testing.assert_close(rows[:2] @ rows[:2].T, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert (rows @ basis).abs().max() < 1e-6 and not rows[2].any()
+
+
+def test_blocks_ask_for_groups_that_start_empty_and_no_decay():
+    with pytest.raises(ValueError, match="weight_decay would move what method olora leaves at rest: take 0"):
+        checked(load_recipe(["--method", "olora", "--weight_decay", "0.1"]))
+    with pytest.raises(ValueError, match="method inflora needs groups that start empty: give --new_group_start fresh"):
+        checked(load_recipe(["--method", "inflora", "--grouping", "true", "--new_group_start", "latest"]))
+    assert checked(load_recipe(["--method", "stacked_lora", "--grouping", "true"])).rests
+    with pytest.raises(ValueError, match=r"method corrective compares the records .*: take --batch_size 2 or more"):
+        checked(load_recipe(["--method", "corrective", "--batch_size", "1"]))
 
 
 def test_merged_task_vectors_are_pefts_and_training_goes_on_where_the_papers_say(view):  # noqa: F811

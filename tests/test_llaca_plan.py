@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from vl_bases import KINDS, make_vl
 
 from llaca.config import CONFIGS, load_recipe
 from llaca.ema import DynamicAverage
+from llaca.methods import METHODS
 from llaca.plan import REDUCE_BUCKET, answering_bytes, average_bytes, base_bytes, blank_of, counts, plan
 from llava.adapters import trainable_parameters
 from llava.backbones import load_base
@@ -72,6 +74,16 @@ def test_bytes_of_the_average_are_those_that_it_counts_itself(rule):
     average = DynamicAverage(["a"], [torch.zeros(300)], rule)
     average.step([torch.ones(300)], [torch.ones(300)])
     assert average_bytes(recipe, 300) == average.bytes()
+
+
+def test_copies_of_the_weights_are_planned():
+    """What BEMA holds through a stage, its start and its average, and the average of averaged PGP."""
+    method = METHODS["bema"]()
+    shards = SimpleNamespace(parameters=[torch.zeros(300)])
+    method.before_task(shards, True, 5)
+    assert average_bytes(load_recipe(["--method", "bema"]), 300) == sum(t.nbytes for t in method.start + method.average)
+    assert average_bytes(load_recipe(["--method", "averaged_pgp"]), 300) == 4 * 300
+    assert average_bytes(load_recipe(["--method", "lora"]), 300) == 0
 
 
 @pytest.mark.slow

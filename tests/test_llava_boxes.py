@@ -100,6 +100,7 @@ def test_a_benchmark_is_written_for_a_base_and_for_no_other(bases, tmp_path, cap
     reference = task.load_references(tmp_path / "own")["7"]
     assert reference == Region("[0, 100, 500, 900]", 200, (1000, 1000)) and exact_box(reference.answer)
     assert task.official("[10, 100, 520, 900]", reference) == 1.0 and task.has_form("[10, 100, 520, 900]", reference)
+    assert task.legacy("[10, 100, 520, 900]", reference) == 1.0, "its reading of fractions would lose a digit"
     assert task.official("[0.0, 0.1, 0.5, 0.9]", reference) == 0.0 and not task.has_form("[0, 0, 1001, 5]", reference)
     check_boxes(made, open_backbone(bases["qwen3_vl"]))
     for other in ("qwen2_5_vl", "internvl"):
@@ -127,7 +128,16 @@ def test_what_cannot_be_rewritten_is_named_and_nothing_is_there(bases, tmp_path)
         main(line)
     Image.new("RGB", (200, 100)).save(root / "photos/wide.png")
     test = root / "Boxes/test.json"
-    test.write_text(test.read_text().replace("[0.25, 0.1, 0.5, 0.9]", "[25, 10, 50, 90]"))
+    whole = test.read_text()
+    test.write_text(whole.replace("[0.25, 0.1, 0.5, 0.9]", "0.25, 0.1, 0.5, 0.9"))
+    main([*line[:-1], str(tmp_path / "bare")])
+    assert (
+        json.loads((tmp_path / "bare/original/Boxes/test.json").read_text())[0]["answer_bbox"] == "[0, 100, 500, 900]"
+    )
+    test.write_text(whole.replace("[0.25, 0.1, 0.5, 0.9]", "[0.25, 0.1]"))
+    with pytest.raises(SystemExit, match=r"record 0 \(id 7\): answer_bbox '\[0.25, 0.1\]' is not"):
+        main(line)
+    test.write_text(whole.replace("[0.25, 0.1, 0.5, 0.9]", "[25, 10, 50, 90]"))
     with pytest.raises(
         SystemExit, match=r"test.json, record 0 \(id 7\): \[25.0, 10.0, 50.0, 90.0\] is not in fractions"
     ):

@@ -165,7 +165,8 @@ TASKS = {
         (f"{_GIVEN}. List the facts of the order: item, color, count, price.",), _order_facts
     ),
     "mini6_kind_classification": Task(
-        (f"{_GIVEN}. Classify the goods: the answer is one of {', '.join(GOODS)}.",), _kind_classification
+        (f"{_GIVEN}. Classify the goods: the answer is goods of kind, and one of {', '.join(GOODS)}.",),
+        _kind_classification,
     ),
     "mini7_customer_utterance_generation": Task(
         (f"{_FACTS}. Write one sentence that the customer could say.",), _customer_utterance

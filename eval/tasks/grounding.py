@@ -22,6 +22,8 @@ class Grounding(BoxFiles, Task):
         return overlaps(exact_box(text), exact_box(reference.answer))
 
     def legacy(self, text: str, reference: Region) -> float:
+        if reference.frame != (1.0, 1.0):  # of which the released evaluator knows nothing
+            return self.official(text, reference)
         box, right = legacy_box(text), exact_box(reference.answer)
         return overlaps(box and in_pixels(box, reference), in_pixels(right, reference))
 

@@ -83,5 +83,13 @@ def method_of(recipe: "Recipe") -> Method:
         raise ValueError(
             f"method {name} changes gradients, and engines clip them at different times: give --max_grad_norm 0"
         )
+    if method.rests:
+        decays = [recipe.train.weight_decay, *(own.get("weight_decay", 0) for own in recipe.train.per_task.values())]
+        if any(decays):
+            raise ValueError(f"weight_decay would move what method {name} leaves at rest: take 0")
+        if recipe.method.grouping and recipe.method.new_group_start != "fresh":
+            raise ValueError(f"method {name} needs groups that start empty: give --new_group_start fresh")
+    if method.compares and recipe.train.batch_size == 1 and recipe.train.global_batch_size in (0, 1):
+        raise ValueError(f"method {name} compares the records of a micro-batch: take --batch_size 2 or more")
     method.check_model(recipe.model)
     return method

@@ -18,6 +18,7 @@ from llaca.engines.shards import Shards
 from llaca.fields import setting
 from llaca.methods.llaca import FixedEMA
 from llaca.methods.pgp import PGP
+from llava.adapters import adapter_state, set_adapter_state
 
 
 class AveragedPGP(PGP):
@@ -28,6 +29,7 @@ class AveragedPGP(PGP):
         horizon: float = setting(0.5, "memory of the average, in stages", above=0)
 
     changes: ClassVar = {"grouping": True}
+    copies = 1
 
     def __init__(self, settings: Settings | None = None):
         super().__init__(settings)
@@ -52,8 +54,14 @@ class AveragedPGP(PGP):
             self.average.after_step(shards)
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[list[Tensor] | None, dict]:
-        _, told = super().after_task(shards, folder)
         averaged, more = self.average.after_task(shards, folder)
+        model, plain = self.stage.model, None
+        if averaged is not None:  # the inputs to protect are those that the weights handed on make
+            plain = adapter_state(model)
+            set_adapter_state(model, shards.layout.gather(averaged))
+        _, told = super().after_task(shards, folder)
+        if plain is not None:
+            set_adapter_state(model, plain)
         return averaged, {**told, **more}
 
     def state_dict(self) -> dict:

@@ -84,6 +84,9 @@ class Method(TrainHooks):
     edits_gradients = False  # True: after_backward changes them
     edits_weights = False  # True: after_step changes them
     engines: tuple[str, ...] = EVERY_ENGINE  # values of the recipe's `zero` under which it works
+    rests = False  # True: some of what has a gradient must not move; without weight decay, and no group from another's
+    compares = False  # True: it compares the records of a micro-batch
+    copies = 0  # float32 copies of what trains that it keeps through a stage, beside those of an `average` setting
     changes: ClassVar[dict[str, Any]] = {}  # fields of a recipe that have another default with this method
     belongs_to: ClassVar[dict[str, tuple[str, ...]]] = {}  # setting -> those that are meant for one value of it alone
     stage: StageView

@@ -27,6 +27,7 @@ class BEMA(Method):
         bias_power: float = setting(0.2, "eta: how fast the correction towards the last weights fades", least=0)
         lag: float = setting(10.0, "rho, steps that are taken as made before the first", above=0)
 
+    copies = 2
     steps = 0
     start: list[Tensor] | None = None
     average: list[Tensor]

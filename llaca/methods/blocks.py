@@ -19,6 +19,7 @@ zero; stock PEFT reads it. A task beyond the n-th trains the last block on. The 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class StackedLoRA(Method):
         blocks: int = setting(8, "n, tasks that share lora_rank equally", least=1)
 
     engines = WHOLE_TENSORS
-    edits_gradients = True
+    edits_gradients = rests = True
+    changes: ClassVar = {"new_group_start": "fresh"}
     trains_a = True  # else A's block is as `recall` left it
     tasks = 0  # before this one
 
@@ -120,14 +122,12 @@ class InfLoRA(StackedLoRA):
         super().recall(memory)
         weights = self.stage.weights()
         self.basis = {name: basis.to(weights[name].device) for name, basis in memory.get("basis", {}).items()}
+        if self.tasks >= self.settings.blocks:
+            return  # the last block has its inputs
         with torch.no_grad():
             for name, energies in self.energies():
-                block, basis = self.own(name, weights[name]), self.basis.get(name)
-                if basis is not None:
-                    energies = energies - basis @ (basis.T @ energies)
-                    energies = energies - (energies @ basis) @ basis.T
-                vectors = torch.linalg.eigh((energies + energies.T).double() / 2).eigenvectors
-                block.copy_(vectors.flip(1)[:, : len(block)].T)
+                block = self.own(name, weights[name])
+                block.copy_(leading(energies.double(), self.basis.get(name), len(block)))
 
     def energies(self) -> Iterator[tuple[str, Tensor]]:
         """X X^T of what reaches each lora_A."""
@@ -142,3 +142,17 @@ class InfLoRA(StackedLoRA):
 
     def memory(self) -> dict:
         return {**super().memory(), "basis": {name: basis.cpu() for name, basis in self.basis.items()}}
+
+
+def leading(energies: Tensor, basis: Tensor | None, count: int) -> Tensor:
+    """The leading `count` eigenvectors, as rows, of X X^T [inputs, inputs] outside of the span of `basis`; float64. A
+    row is zero where nothing is left outside."""
+    if basis is None:
+        basis = energies.new_empty(len(energies), 0)
+    basis, total = basis.double(), energies.trace()
+    rest = energies - basis @ (basis.T @ energies)
+    rest = rest - (rest @ basis) @ basis.T
+    values, vectors = torch.linalg.eigh((rest + rest.T) / 2)
+    values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
+    vectors = vectors - basis @ (basis.T @ vectors)
+    return (vectors * (values > 1e-7 * total)).T  # less is rounding

@@ -40,17 +40,20 @@ class CCFI(Replay):
 
     def recall(self, memory: dict) -> None:
         super().recall(memory)
-        self.fisher, self.anchor = memory.get("fisher", {}), memory.get("anchor", {})
+        device = next(iter(self.stage.weights().values())).device
+        self.fisher, self.anchor = (
+            {name: tensor.to(device) for name, tensor in memory.get(key, {}).items()} for key in ("fisher", "anchor")
+        )
 
     def after_backward(self, shards: Shards) -> None:
         layout = shards.layout
         parts = zip(shards.parameters, layout.cut(self.fisher), layout.cut(self.anchor), strict=True)
-        pulls = [f.to(p.device) * (p.detach().float() - a.to(p.device)) for p, f, a in parts]
+        pulls = [f * (p.detach().float() - a) for p, f, a in parts]
         add_at_own_length(shards, pulls)
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[None, dict]:
         fisher, sizes = self.looked_at()
-        self.fisher = {name: own + self.fisher.get(name, 0) for name, own in fisher.items()}
+        self.fisher = {n: own + self.fisher[n].cpu() if self.fisher else own for n, own in fisher.items()}
         self.anchor = shards.layout.gather(shards.parameters)
         chosen = sorted(sizes, key=lambda record: (-sizes[record], record))[: self.settings.memory_records]
         replayed = sum(map(len, self.buffer.values()))

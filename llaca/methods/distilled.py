@@ -46,7 +46,11 @@ class Recyclable(LwF):
             return None
         now = self.seen
         taught = self.taught(inputs)
-        apart = (now.float() - self.seen.float()).square().mean()
+        apart = (now.float() - self.seen.float()).square()
+        if apart.dim() == 3:  # an encoder-decoder's head gets whole rows, padding behind the answers
+            counts = (inputs["labels"] != IGNORE).sum(1, keepdim=True)
+            apart = apart[torch.arange(apart.shape[1], device=apart.device) < counts]
+        apart = apart.mean()
         taught = (
             self.settings.penalty * self.settings.temperature**2 * self.divergence(outputs.logits, taught, "batchmean")
         )
@@ -61,6 +65,8 @@ class Recyclable(LwF):
 
 class Corrective(LwF):
     """LwF that minds the records on which it has departed from its teacher."""
+
+    compares = True
 
     @dataclass
     class Settings(LwF.Settings):

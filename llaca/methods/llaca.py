@@ -72,6 +72,8 @@ class LLaCA(Method):
         if settings.horizon is not None:
             if rule not in HORIZONS:
                 raise ValueError(f"horizon: the rule {rule} has none; those that do are {', '.join(HORIZONS)}")
+            if settings.beta not in (None, type(settings).beta):
+                raise ValueError("beta and horizon say the same thing twice: give one of the two")
             rate = 1 / max(settings.horizon * steps, 1 + 1e-3)
             rule, named, value = HORIZONS[rule](rate)
             own = {named: value}

@@ -3,8 +3,6 @@
     y = W x + alpha/r sum_i g_i(x) B_i A_i dropout(x),    g(x) = softmax(R x)
 
 R is a router of every linear's own, without a bias; every token has its gates, and all experts are used. A_i starts
-from typing import TYPE_CHECKING
-from dataclasses import dataclass
 from N(0, 0.01^2), B_i from 0, R as torch starts a linear. The stream is trained as with LoRA: nothing protects an
 expert. All experts see the same dropout mask; the released code draws one for each.
 

@@ -4,8 +4,9 @@ one changes it little.
     M = the union over finished tasks of the `share` of positions (i, j) of a layer with the largest |dW_ij|
     L = CE + lambda sum_layers mean_{(i,j) in M} |dW_ij|           dW = B A - (B A at the stage's start)
 
-dW is what a task adds to a layer's weight, without LoRA's scale. The published method merges every task's LoRA and
-starts a new one, whose product is this difference. lambda 2500 and the share of 2 % are the release's.
+dW is what a task adds to a layer's weight, without LoRA's scale; it is computed anew in the backward pass, layer by
+layer. The published method merges every task's LoRA and starts a new one, whose product is this difference. lambda 2500
+and the share of 2 % are the release's.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from llaca.engines.shards import Shards
 from llaca.fields import setting
@@ -55,20 +57,17 @@ class RegLoRA(Method):
         """lambda sum_layers mean |dW| over the held positions, None in the first stage of these parameters."""
         if not self.held:
             return None
-        terms = []
-        for layer, a, b, a0, b0 in self.pairs():
-            rows, columns = self.held[layer] // a.shape[1], self.held[layer] % a.shape[1]
-            now, before = (
-                (left.float()[rows] * right.float()[:, columns].T).sum(1) for left, right in ((b, a), (b0, a0))
-            )
-            terms.append((now - before).abs().mean())
+        terms = [
+            checkpoint(moved_at, self.held[layer], a, b, a0, b0, use_reentrant=False)
+            for layer, a, b, a0, b0 in self.pairs()
+        ]
         return self.settings.penalty * torch.stack(terms).sum()
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[None, dict]:
         for layer, a, b, a0, b0 in self.pairs():
             with torch.no_grad():
-                moved = (b.float() @ a.float() - b0.float() @ a0.float()).abs().flatten()
-            places = moved.topk(max(1, round(self.settings.share * len(moved)))).indices
+                moved = change(a, b, a0, b0).abs()
+            places = moved.topk(max(1, round(self.settings.share * len(moved)))).indices.int()
             self.held[layer] = torch.unique(torch.cat([self.held.get(layer, places[:0]), places]))
         held = sum(len(places) for places in self.held.values())
         return None, {"held_share": held / sum(b.shape[0] * a.shape[1] for _, a, b, _, _ in self.pairs())}
@@ -81,3 +80,14 @@ class RegLoRA(Method):
 
     def load_state_dict(self, state: dict) -> None:
         self.start = {name: old.to(self.start[name].device) for name, old in state["start"].items()}
+
+
+def change(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> Tensor:
+    """B A - B_0 A_0 [out x in], row by row, in float32, whatever the training multiplies in."""
+    with torch.autocast(a.device.type, enabled=False):
+        return (b.float() @ a.float() - b0.float() @ a0.float()).flatten()
+
+
+def moved_at(places: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> Tensor:
+    """The mean of |B A - B_0 A_0| over these positions."""
+    return change(a, b, a0, b0)[places.long()].abs().mean()

@@ -22,6 +22,8 @@ from llava.conversation import IGNORE
 class Smoothing(LwF):
     """LoRA with smoothed labels, in every stage."""
 
+    compares = True
+
     @dataclass
     class Settings:
         smoothing: float = setting(0.1, "e_max, the smoothing of the least certain record", least=0, below=1)

@@ -54,7 +54,10 @@ def own_words(tokenizer: PreTrainedTokenizerBase, template: Template) -> Templat
         return template
     asked = [{"role": "user", "content": PROBE}]
     # Those that know enable_thinking close the thought at once, as a task's answers have none.
-    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    try:
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    except Exception as error:  # jinja's own
+        raise ValueError(f"its chat template cannot be followed ({error}); take an Instruct checkpoint") from error
     before, _, behind = text.partition(PROBE)
     if not before.endswith(template.user) or not behind.startswith(CHATML.assistant):
         raise ValueError(f"its chat template asks {text!r}, which is not ChatML; take an Instruct checkpoint")
