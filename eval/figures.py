@@ -6,6 +6,7 @@ python -m eval.figures DIR ...      average_vs_forgetting.png of tables, anew fr
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")  # not as many as colours: 56 styles
 PANELS_A_ROW = 4
 MATRICES_A_ROW = 3
+LONGEST = 14  # characters of a task's name at an axis
 LEAST_SPAN = 10.0  # points of an axis of the scatter
 BETA_SHOWN = (1e-2, 1 - 1e-4)  # the axis is logarithmic towards 0 and towards 1
 STYLE = {
@@ -59,7 +61,7 @@ def accuracy_heatmap(A: np.ndarray, tasks: Sequence[str], title: str, path: Path
         figure = Figure(figsize=(1.2 + 0.85 * A.shape[1], 1.6 + 0.45 * len(A)), layout="constrained")
         axes = figure.subplots()
         image = draw_matrix(axes, A, tasks, title, 9)
-        axes.set_xlabel("evaluated on")
+        axes.set_xlabel(axis_label("evaluated on", tasks, 14 * len(tasks)))
         axes.set_ylabel("" if is_single(A) else "after training on")
         figure.colorbar(image, ax=axes, label="accuracy, %", pad=0.02)
         save(figure, path)
@@ -81,10 +83,23 @@ def accuracy_heatmaps(runs: Mapping[str, tuple[np.ndarray, Sequence[str]]], path
         for axes, (label, A) in zip(grid.flat, several.items(), strict=False):
             image = draw_matrix(axes, A, tasks, label, 7.5)
             axes.tick_params(labelbottom=axes in grid.flat[max(0, len(several) - columns) :])
-        figure.supxlabel("evaluated on")
+        figure.supxlabel(axis_label("evaluated on", tasks, 50 * columns))
         figure.supylabel("after training on")
         figure.colorbar(image, ax=grid, label="accuracy, %", pad=0.01, shrink=min(1.0, 2 / rows))
         save(figure, path)
+
+
+def shown_names(tasks: Sequence[str]) -> list[str]:
+    """What stands at an axis: the tasks, or their numbers where a name is too long."""
+    return list(tasks) if max(map(len, tasks)) <= LONGEST else [str(number) for number in range(1, len(tasks) + 1)]
+
+
+def axis_label(words: str, tasks: Sequence[str], width: int) -> str:
+    """An axis's label, with the tasks by their numbers where these stand at the axis; lines of so many characters."""
+    if shown_names(tasks) == list(tasks):
+        return words
+    named = ", ".join(f"{number} {task}" for number, task in enumerate(tasks, 1))
+    return "\n".join([words, *textwrap.wrap(named, width)])
 
 
 def draw_matrix(axes: Axes, A: np.ndarray, tasks: Sequence[str], title: str, fontsize: float) -> AxesImage:
@@ -93,9 +108,12 @@ def draw_matrix(axes: Axes, A: np.ndarray, tasks: Sequence[str], title: str, fon
     for (stage, task), value in np.ndenumerate(A):
         if not np.isnan(value):
             ink = "white" if value > 55 else "black"
-            axes.text(task, stage, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=fontsize)
-    axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(A)), [""] if is_single(A) else tasks)
+            text = f"{value:.1f}" if value < 99.95 else "100"
+            axes.text(task, stage, text, ha="center", va="center", color=ink, fontsize=fontsize)
+    names = shown_names(tasks)
+    turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if names == list(tasks) else {}
+    axes.set_xticks(range(len(tasks)), names, **turned)
+    axes.set_yticks(range(len(A)), [""] if is_single(A) else names)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     axes.set_title(title)
@@ -120,7 +138,8 @@ def accuracy_over_stages(runs: Mapping[str, tuple[np.ndarray, Sequence[str]]], p
                 continue
             for position, (label, (A, _)) in enumerate(runs.items()):
                 draw_task(axes, np.asarray(A, float), panel, label, style(position))
-            axes.set_title(f"{panel + 1}. {tasks[panel]}", fontsize=10)
+            name = tasks[panel] if len(tasks[panel]) <= LONGEST else tasks[panel].replace("_", " ")
+            axes.set_title(textwrap.fill(f"{panel + 1}. {name}", 24), fontsize=10)
             axes.set_ylim(-3, 103)
             axes.set_xlim(0.7, len(tasks) + 0.3)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))

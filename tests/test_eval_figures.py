@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from eval import figures
@@ -128,3 +129,15 @@ def test_a_fixed_beta_does_not_move():
     assert not figures.beta_moves([("A", 2, None)])
     assert figures.beta_moves([("A", 2, None), ("B", 2, first)])
     assert figures.beta_moves([("A", 2, fixed), ("B", 2, second)])
+
+
+def test_long_names_stand_below_a_matrix_and_their_numbers_at_its_axes():
+    tasks = ["task848_pubmedqa_classification", "task611_mutual_multi_turn_dialogue"]
+    assert figures.shown_names(["GQA", "VizWiz"]) == ["GQA", "VizWiz"] and figures.axis_label("on", ["GQA"], 20) == "on"
+    assert figures.shown_names(tasks) == ["1", "2"]
+    lines = figures.axis_label("on", tasks, 40).split("\n")
+    assert lines == ["on", "1 task848_pubmedqa_classification, 2", "task611_mutual_multi_turn_dialogue"]
+    axes = Figure().subplots()
+    figures.draw_matrix(axes, np.array([[100.0, np.nan], [99.94, 5.0]]), tasks, "t", 8)
+    assert [text.get_text() for text in axes.texts] == ["100", "99.9", "5.0"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2"]
