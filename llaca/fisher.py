@@ -17,14 +17,22 @@ def diagonal_fisher(stage: "StageView", records: int) -> dict[str, Tensor]:
     The empirical Fisher: y_r is the record's own answer, log p the sum over its tokens. The records are drawn by the
     stage's seed, and the ranks share them; all of them get the sum.
     """
+    return squared_gradients(stage, records)[0]
+
+
+def squared_gradients(stage: "StageView", records: int) -> tuple[dict[str, Tensor], dict[int, float]]:
+    """`diagonal_fisher`, and of every drawn record, by its number, the squared length of its gradient."""
     weights, drawn = stage.weights(), stage.draw(records)
     fisher = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    sizes = torch.zeros(len(drawn), device=next(iter(weights.values())).device)
+    mine = range(ranks.rank(), len(drawn), ranks.count())
     with stage.evaluating():
-        for batch in stage.batches(drawn[ranks.rank() :: ranks.count()]):
+        for place, batch in zip(mine, stage.batches([drawn[place] for place in mine]), strict=True):
             loss = stage.backbone.answer_loss(stage.model, batch)
             gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for total, gradient in zip(fisher.values(), gradients, strict=True):
                 if gradient is not None:  # the projector's, where a record has no picture
                     total.addcmul_(gradient.float(), gradient.float(), value=1 / len(drawn))
-    ranks.add_up(list(fisher.values()))
-    return fisher
+                    sizes[place] += gradient.float().square().sum()
+    ranks.add_up([*fisher.values(), sizes])
+    return fisher, dict(zip(drawn, sizes.tolist(), strict=True))

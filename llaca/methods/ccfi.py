@@ -11,12 +11,11 @@ and a weight of the consolidation that is not tuned; its rule is not published, 
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from llaca import ranks
 from llaca.engines.shards import Shards, add_at_own_length
 from llaca.fields import setting
+from llaca.fisher import squared_gradients
 from llaca.methods.base import WHOLE_TENSORS
 from llaca.methods.replay import Replay
 
@@ -52,34 +51,14 @@ class CCFI(Replay):
         add_at_own_length(shards, pulls)
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[None, dict]:
-        fisher, sizes = self.looked_at()
-        self.fisher = {n: own + self.fisher[n].cpu() if self.fisher else own for n, own in fisher.items()}
+        fisher, sizes = squared_gradients(self.stage, self.settings.estimate_records)
+        self.fisher = {n: own + self.fisher[n] if self.fisher else own for n, own in fisher.items()}
         self.anchor = shards.layout.gather(shards.parameters)
         chosen = sorted(sizes, key=lambda record: (-sizes[record], record))[: self.settings.memory_records]
         replayed = sum(map(len, self.buffer.values()))
         self.buffer[self.stage.task] = sorted(chosen)
         return None, {"replayed": replayed}
 
-    def looked_at(self) -> tuple[dict[str, Tensor], dict[int, float]]:
-        """The diagonal Fisher information (as llaca/fisher.py has it), on the CPU, and every record's squared gradient;
-        the ranks share the records."""
-        stage = self.stage
-        weights, drawn = stage.weights(), stage.draw(self.settings.estimate_records)
-        fisher = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-        sizes = torch.zeros(len(drawn), device=next(iter(weights.values())).device)
-        with stage.evaluating():
-            for place in range(ranks.rank(), len(drawn), ranks.count()):
-                [batch] = stage.batches([drawn[place]])
-                loss = stage.backbone.answer_loss(stage.model, batch)
-                for name, gradient in zip(
-                    weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True
-                ):
-                    if gradient is not None:
-                        square = gradient.float().square()
-                        sizes[place] += square.sum()
-                        fisher[name].add_(square, alpha=1 / len(drawn))
-        ranks.add_up([*fisher.values(), sizes])
-        return {name: f.cpu() for name, f in fisher.items()}, dict(zip(drawn, sizes.tolist(), strict=True))
-
     def memory(self) -> dict:
-        return {**super().memory(), "fisher": self.fisher, "anchor": self.anchor}
+        kept = {key: {n: t.cpu() for n, t in getattr(self, key).items()} for key in ("fisher", "anchor")}
+        return {**super().memory(), **kept}
