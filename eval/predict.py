@@ -33,6 +33,7 @@ from eval.questions import Questions, run_questions
 from eval.tasks import task_of
 from llaca import ranks
 from llaca.config import Recipe
+from llaca.folders import handed_on
 from llaca.methods import METHODS
 from llaca.pool import Pool
 from llaca.stream import Stage, ordered, stages_of, write_atomically
@@ -40,6 +41,8 @@ from llava.adapters import load_adapter
 from llava.backbones import load_base
 from llava.generate import UnreadablePicture, answer_batches
 from llava.greedy import Decoder
+from llava.states import asked as asked_item
+from llava.states import question_states
 
 BASE = "base"  # stands for the base model, before any stage
 CELLS = ("final", "diagonal", "triangle", "next", "full")
@@ -105,6 +108,9 @@ class EvaluatedRun:
                 if self.cells in ("final", "diagonal") and not last and task not in stage.tasks:
                     continue
                 if self.cells == "final" and not last:
+                    continue
+                if METHODS[self.recipe.method.method].routes:
+                    row[task] = stage.name
                     continue
                 row[task], matched = pool.holder_for(instructions[task], task)
                 if not matched and task in seen and ranks.first():
@@ -173,6 +179,32 @@ class Answerer:
         load_adapter(model, run.folder / "stages" / holder / "adapter")
         return model.merge_and_unload() if method.mergeable and config.quantization == "none" else model
 
+    def item(self, asked: Questions, number: int) -> dict[str, torch.Tensor]:
+        """A question as `question_states` takes it. Raises OSError naming file and record of a picture that cannot be
+        opened."""
+        path = asked.picture(number)
+        try:
+            picture = None if path is None else self.backbone.picture(path)
+        except OSError as error:
+            raise OSError(f"{asked.name(number)}: {error}") from error
+        return asked_item(self.backbone, asked.ids(number), picture)
+
+    def routed(self, run: EvaluatedRun, holder: str, task: str, todo: list[int]) -> dict[str, list[int]]:
+        """Whose parameters answer these questions: stage -> their numbers. `holder`, unless the method routes them
+        among its stages up to that one."""
+        method = METHODS[run.recipe.method.method]
+        if not method.routes or holder == BASE:
+            return {holder: todo}
+        asked, names = run.questions[task], [stage.name for stage in run.stages]
+        names = names[: names.index(holder) + 1]
+        items = (self.item(asked, number) for number in todo)
+        states = question_states(self.base.eval(), self.backbone, items)
+        memories = [handed_on(method(run.recipe.settings), run.folder / "stages" / name) for name in names]
+        chosen = defaultdict(list)
+        for number, place in zip(todo, method.route(states, memories), strict=True):
+            chosen[names[place]].append(number)
+        return dict(chosen)
+
 
 def answer_share(runs: Sequence[EvaluatedRun], rank: int, world: int, batch_size: int | None = None) -> None:
     """Answers what is missing of one of `world` shares, into parts of the answer files. A share is the questions about
@@ -191,18 +223,19 @@ def answer_share(runs: Sequence[EvaluatedRun], rank: int, world: int, batch_size
                 todo = _todo(run, holder, task, rank, world)
                 if not todo:
                     continue
-                if loaded != (run.name, holder):
-                    model = None  # what is not needed goes before what is needed comes: at most the base and one copy
-                    if answerer is None or answerer.key != Answerer.key_of(run):
-                        answerer = None
-                        answerer = Answerer(run)
-                    model, loaded = answerer.model(run, holder), (run.name, holder)
+                if answerer is None or answerer.key != Answerer.key_of(run):
+                    answerer, model, loaded = None, None, None  # what is not needed goes before what is needed comes
+                    answerer = Answerer(run)
                 limit = run.answer_limit(task)
                 part = run.answer_file(holder, task).with_name(f"{task}.jsonl.part-{rank}")
-                for answered in _append(
-                    part, run.questions[task], todo, Decoder(model, answerer.backbone, limit), batch_size
-                ):
-                    bar.update(answered)
+                for stage, numbers in answerer.routed(run, holder, task, todo).items():
+                    if loaded != (run.name, stage):
+                        model = None  # at most the base and one copy
+                        model, loaded = answerer.model(run, stage), (run.name, stage)
+                    for answered in _append(
+                        part, run.questions[task], numbers, Decoder(model, answerer.backbone, limit), batch_size
+                    ):
+                        bar.update(answered)
 
 
 def _todo(run: EvaluatedRun, holder: str, task: str, rank: int, world: int) -> list[int]:

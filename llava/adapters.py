@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,11 @@ from torch import nn
 from llava.backbone import Backbone
 from llava.files import check_same, read_object, read_tensors
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTED = re.compile(r"\.(lora|oft)_")  # in the name of what an adapted layer has of its own
 
 
 def attach_lora(
@@ -33,17 +38,19 @@ def attach_lora(
     `layer` makes the adapted linear layers, from the arguments of `peft.tuners.lora.Linear`; None: that class.
     Draws from torch's global generator: seed it before. Raises ValueError if anything else would train.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=backbone.lora_targets,
-        modules_to_save=list(backbone.connector) or None,
-    )
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout)
     if layer is not None:
         config._register_custom_module({nn.Linear: layer})
+    return attach(model, backbone, config)
+
+
+def attach(model: nn.Module, backbone: Backbone | type[Backbone], config: "PeftConfig") -> nn.Module:
+    """As `attach_lora`, for an adapter of PEFT's on the same layers: `LoraConfig` or `OFTConfig`."""
+    from peft import get_peft_model
+
+    config.target_modules, config.modules_to_save = backbone.lora_targets, list(backbone.connector) or None
     with warnings.catch_warnings():  # PEFT asks for a name that transformers 5 has replaced
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         model = get_peft_model(model, config)
@@ -73,8 +80,8 @@ def reset_connector(model: nn.Module) -> None:
 
 def is_connector(name: str) -> bool:
     """Tell whether what trains under this name, in a model or an adapter file, belongs to the connector; else it is of
-    LoRA."""
-    return "lora_" not in name
+    an adapted layer."""
+    return not ADAPTED.search(name)
 
 
 def adapter_state(model: nn.Module, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
@@ -104,8 +111,9 @@ def save_adapter(model: nn.Module, folder: str | Path, weights: dict[str, torch.
     folder.mkdir(parents=True, exist_ok=True)
     if weights is not None and weights.keys() != trainable_parameters(model).keys():
         raise ValueError(f"weights to save: {sorted(weights.keys() ^ trainable_parameters(model).keys())} do not fit")
-    rests = {name: p for name, p in model.named_parameters() if "lora_" in name and not p.requires_grad}
-    state = get_peft_model_state_dict(model, weights and {**rests, **weights}, save_embedding_layers=False)
+    if weights is not None:  # what the adapter has beside them
+        weights = {name: t for name, t in model.state_dict().items() if not is_connector(name)} | weights
+    state = get_peft_model_state_dict(model, weights, save_embedding_layers=False)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     config = copy.copy(model.peft_config["default"])
@@ -122,27 +130,27 @@ def save_adapter(model: nn.Module, folder: str | Path, weights: dict[str, torch.
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """Load a folder of `save_adapter` into an attached model.
 
-    Raises FileNotFoundError or ValueError naming the file that is missing or cannot be read, ValueError if rank or
-    alpha differ, or listing the missing and unexpected keys and the differing shapes.
+    Raises FileNotFoundError or ValueError naming the file that is missing or cannot be read, ValueError if rank, alpha
+    or block size differ, or listing the missing and unexpected keys and the differing shapes.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     folder, config = Path(folder), model.peft_config["default"]
     saved_config = read_object(folder / CONFIG)
-    for key in ("r", "lora_alpha"):
-        ours, theirs = getattr(config, key), saved_config.get(key)
+    for key in ("r", "lora_alpha", "oft_block_size"):
+        ours, theirs = getattr(config, key, None), saved_config.get(key)
         if ours != theirs:
-            raise ValueError(f"{folder / CONFIG} has {key} {theirs}, the model {ours}; attach LoRA with the same value")
+            raise ValueError(f"{folder / CONFIG} has {key} {theirs}, the model {ours}; attach it with the same value")
     saved = read_tensors(folder / WEIGHTS)
     check_same(f"{folder / WEIGHTS}", get_peft_model_state_dict(model, save_embedding_layers=False), saved)
     set_peft_model_state_dict(model, saved)
 
 
 def _check_trainables(model: nn.Module, backbone: Backbone | type[Backbone]) -> None:
-    lora = re.compile(rf"base_model\.model\.(?:{backbone.lora_targets})\.lora_\w+\.default\.weight")
+    lora = re.compile(rf"base_model\.model\.(?:{backbone.lora_targets})\.(?:lora|oft)_\w+\.default\.weight")
     whole = re.compile(rf".*\.({'|'.join(backbone.connector)})\.modules_to_save\.default\.[\w.]+")
     names = list(trainable_parameters(model))
-    kinds = {"LoRA": lora} | ({"the connector": whole} if backbone.connector else {})
+    kinds = {"the adapter": lora} | ({"the connector": whole} if backbone.connector else {})
     stray = [name for name in names if not any(kind.fullmatch(name) for kind in kinds.values())]
     missing = [what for what, kind in kinds.items() if not any(map(kind.fullmatch, names))]
     if stray or missing:

@@ -26,7 +26,7 @@ from llava.backbones import load_base
 from llava.dataset import InstructionDataset
 from llava.trainer import LlavaTrainer, training_arguments
 
-OWN = {"olora": ["--blocks", "2"]}
+OWN = {"olora": ["--blocks", "2"], "sd_lora": ["--blocks", "2"]}
 
 
 def memory_of(name: str, model: torch.nn.Module) -> dict:
@@ -34,7 +34,7 @@ def memory_of(name: str, model: torch.nn.Module) -> dict:
     layer's inputs."""
     if name in ("agem", "replay"):  # replay: whole steps on any number of ranks
         return {"buffer": {"old": [0, 2, 5, 11, 14, *([1, 7, 8] if name == "replay" else [])]}}
-    if name == "olora":
+    if name in ("olora", "sd_lora"):
         return {"tasks": 1}
     generator, weights = torch.Generator().manual_seed(3), trainable_parameters(model)
     if name == "reglora":
@@ -53,7 +53,7 @@ def memory_of(name: str, model: torch.nn.Module) -> dict:
         fisher = {key: 1e-4 * torch.rand(weight.shape, generator=generator) for key, weight in weights.items()}
         anchor = {key: weight.detach() + 0.1 for key, weight in weights.items()}
         return {"fisher": fisher, **({"anchor": anchor} if name == "ewc" else {})}
-    if name != "pgp":
+    if name not in ("pgp", "rcl"):
         return {}
     basis = {}
     for key, weight in weights.items():
@@ -67,7 +67,7 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None, hal
     torch.manual_seed(0)
     model, backbone = load_base(base, torch.bfloat16 if half else torch.float32)
     method = METHODS[name](load_recipe(["--method", name, *OWN.get(name, [])]).settings)
-    rank = 4 if name in ("moelora", "olora") else 3  # two experts or blocks share it
+    rank = 4 if name in ("moelora", "olora", "sd_lora") else 3  # two experts or blocks share it
     # Dropout would differ: every rank draws its own.
     model = method.attach(model, backbone, ModelConfig(str(base), lora_rank=rank, lora_alpha=6, lora_dropout=0.0))
     for key, weight in trainable_parameters(model).items():
@@ -109,6 +109,8 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None, hal
     if name == "pgp":
         told["cut"] = method.places
         told["energies"] = second_moments(method.stage, list(shown), 6)
+    if name == "prototype_router":
+        told["prototype"] = method.memory()["prototype"]
     handed, told["report"] = method.after_task(callback.layout.shards(), folder)
     told["handed"] = {} if handed is None else callback.layout.gather(handed)
     return told

@@ -1,7 +1,6 @@
-"""Averages, merges and blocks of the rank, against closed forms, numpy and PEFT."""
+"""Averages and merges, against closed forms, numpy and PEFT."""
 
 import copy
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,6 @@ from test_llaca_methods import layout_of, method_of, moved, view  # noqa: F401
 from test_llaca_train import adapters, arguments, mini  # noqa: F401
 
 from llaca.config import load_recipe
-from llaca.methods import method_of as checked
-from llaca.methods.blocks import leading
 from llaca.methods.merging import merge
 from llaca.methods.task_vectors import elect, trim
 from llaca.train import run
@@ -101,105 +98,6 @@ def test_bema_is_the_closed_form_and_without_correction_the_average(view):  # no
             torch.testing.assert_close(weight.double(), wanted, rtol=0, atol=1e-5)
     method.before_task(shards, False, 9)
     assert not method.watches and method.after_task(shards, Path()) == (None, {})
-
-
-def test_blocks_of_the_rank_train_one_after_the_other(view):  # noqa: F811
-    """Two blocks of a rank of 2: every task moves its own, the connector, and nothing else; O-LoRA's term by numpy."""
-    method = method_of("olora", "--blocks", "2", "--penalty", "0.3")
-    method.stage, memory = view, {}
-    for task in range(3):
-        method.recall(memory)
-        shards = layout_of(view).shards()
-        shards.gradients = [torch.ones_like(weight) for weight in shards.parameters]
-        method.before_task(shards, task > 0, 1)
-        method.after_backward(shards)
-        block = min(task, 1)
-        for name, gradient in zip(shards.names, shards.gradients, strict=True):
-            wanted = torch.ones_like(gradient)
-            if "lora_A" in name:
-                wanted[1 - block] = 0
-            elif "lora_B" in name:
-                wanted[:, 1 - block] = 0
-            assert torch.equal(gradient, wanted), name
-        term = method.loss(None, None, None)
-        if task == 0:
-            assert term is None
-        else:
-            rows = [w.detach().numpy() for name, w in view.weights().items() if "lora_A" in name]
-            assert term.item() == pytest.approx(0.3 * sum(np.abs(a[:1] @ a[1:].T).sum() for a in rows), rel=1e-5)
-            gradients = torch.autograd.grad(term, list(view.weights().values()), allow_unused=True)
-            pulled = dict(zip(view.weights(), gradients, strict=True))
-            assert all((g is not None) == ("lora_A" in name) for name, g in pulled.items())
-            assert all(not g[0].any() and g[1].any() for g in pulled.values() if g is not None)
-        memory = method.memory()
-    assert memory == {"tasks": 3}
-    with pytest.raises(ValueError, match="blocks 3 does not divide lora_rank 16"):
-        method_of("stacked_lora", "--blocks", "3").check_model(load_recipe(["--method", "lora"]).model)
-
-
-def test_inflora_reads_where_earlier_tasks_have_no_inputs(view):  # noqa: F811
-    """Two tasks on halves of the rank; inputs taken down by hooks of our own, directions by numpy."""
-    method = method_of("inflora", "--blocks", "2", "--energy", "0.6", "--estimate_records", "6")
-    method.stage, memory, bases = view, {}, {}
-    for task in range(2):
-        view.seed, seen, hooks = task, {}, []
-        for name in view.weights():
-            if "lora_A" in name:
-                seen[name] = []
-                take = partial(lambda rows, _, x: rows.append(x[0].flatten(0, -2)), seen[name])
-                hooks.append(view.model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(take))
-        view.model.eval()
-        with torch.no_grad():
-            for record in view.draw(6):
-                [batch] = view.batches([record])
-                view.backbone.answer_loss(view.model, batch)
-        for hook in hooks:
-            hook.remove()
-        inputs = {name: torch.cat(rows).double().numpy() for name, rows in seen.items()}
-        method.recall(memory)
-        for name, weight in view.weights().items():
-            if "lora_A" not in name:
-                continue
-            row, x = weight.detach().double().numpy()[task], inputs[name]
-            rest = x - x @ bases[name] @ bases[name].T if task else x
-            leading = np.linalg.svd(rest, full_matrices=False)[2][0]
-            assert abs(row @ leading) == pytest.approx(1, abs=1e-3), name
-            if task:
-                assert np.abs(row @ bases[name]).max() < 1e-4
-        shards = layout_of(view).shards()
-        shards.gradients = [torch.ones_like(weight) for weight in shards.parameters]
-        method.before_task(shards, task > 0, 1)
-        method.after_backward(shards)
-        for name, gradient in zip(shards.names, shards.gradients, strict=True):
-            wanted = 0 if "lora_A" in name else gradient.shape[0] if "lora_B" in name else gradient.numel()
-            assert gradient.sum() == wanted, name
-        method.after_task(shards, Path())
-        memory = copy.deepcopy(method.memory())
-        bases = {name: basis.double().numpy() for name, basis in memory["basis"].items()}
-
-
-def test_inflora_leaves_a_full_rank_as_it_is_and_takes_no_direction_twice(view):  # noqa: F811
-    """A task beyond the last block trains it on; where no direction is left, a row reads nothing."""
-    method = method_of("inflora", "--blocks", "2", "--estimate_records", "6")
-    method.stage = view
-    before = {name: weight.detach().clone() for name, weight in view.weights().items()}
-    method.recall({"tasks": 2, "basis": {}})
-    assert all(torch.equal(weight, before[name]) for name, weight in view.weights().items())
-    x = torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    basis = torch.linalg.qr(torch.randn(6, 4, dtype=torch.float64)).Q
-    rows = leading(x.T @ x, basis.float(), 3)
-    torch.testing.assert_close(rows[:2] @ rows[:2].T, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-6)
-    assert (rows @ basis).abs().max() < 1e-6 and not rows[2].any()
-
-
-def test_blocks_ask_for_groups_that_start_empty_and_no_decay():
-    with pytest.raises(ValueError, match="weight_decay would move what method olora leaves at rest: take 0"):
-        checked(load_recipe(["--method", "olora", "--weight_decay", "0.1"]))
-    with pytest.raises(ValueError, match="method inflora needs groups that start empty: give --new_group_start fresh"):
-        checked(load_recipe(["--method", "inflora", "--grouping", "true", "--new_group_start", "latest"]))
-    assert checked(load_recipe(["--method", "stacked_lora", "--grouping", "true"])).rests
-    with pytest.raises(ValueError, match=r"method corrective compares the records .*: take --batch_size 2 or more"):
-        checked(load_recipe(["--method", "corrective", "--batch_size", "1"]))
 
 
 def test_merged_task_vectors_are_pefts_and_training_goes_on_where_the_papers_say(view):  # noqa: F811

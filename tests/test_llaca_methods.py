@@ -268,7 +268,8 @@ def test_joined_records_are_those_of_the_datasets(view):
      ("replay", ["--memory_records", "0"]), ("coma", ["--merge_weight", "1"]), ("stacked_lora", ["--blocks", "1"]),
      ("recyclable", ["--penalty", "0", "--hidden", "0"]), ("corrective", ["--penalty", "0", "--boost", "0"]),
      ("smoothing", ["--smoothing", "0"]), ("pace", ["--noise", "0"]), ("dgg", ["--probability", "0"]),
-     ("osf", ["--keep", "0"])],
+     ("osf", ["--keep", "0"]), ("sd_lora", ["--blocks", "1"]), ("rcl", ["--rho", "0", "--energy", "0"]),
+     ("safe", ["--diagonal", "0", "--redundant", "0", "--align", "0"])],
 )  # fmt: skip
 def test_without_strength_every_method_is_lora_bit_for_bit(arguments, name, line):  # noqa: F811
     runs = [[*arguments[:-1], name, "--method", name, *line], [*arguments[:-1], "lora", "--method", "lora"]]

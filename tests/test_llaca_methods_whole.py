@@ -24,8 +24,9 @@ from llava.trainer import StepLog
 
 ROOT = Path(__file__).parents[1]
 TRAINED = sorted(set(METHODS) - {"zero_shot"})
-OWN = {"stacked_lora": ["--blocks", "2"], "olora": ["--blocks", "2"],
-       "inflora": ["--blocks", "2", "--estimate_records", "6"]}  # fmt: skip  # of a small rank
+TWO = ["--blocks", "2"]  # of a small rank
+OWN = {"stacked_lora": TWO, "olora": TWO, "sd_lora": TWO, "pathweave": TWO, "oft": ["--block", "8"],
+       "inflora": [*TWO, "--estimate_records", "6"], "keeplora": [*TWO, "--estimate_records", "6"]}  # fmt: skip
 
 
 def interrupted(monkeypatch, line: list[str], last: int) -> Path:
@@ -89,8 +90,8 @@ def test_a_qwen_base_trains_goes_on_and_answers(arguments, tmp_path, monkeypatch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 HALF = ("agem.bf16", "pgp.bf16", "ewc.bf16")
-COMPUTED = ("agem", "bema", "ccfi", "cofima", "coma", "dgg", "ewc", "l2", "lwf", "magmax", "model_tailor", "moelora",
-            "olora", "pgp", "reglora", "replay")  # fmt: skip
+COMPUTED = ("agem", "bema", "ccfi", "cofima", "coma", "dgg", "dsee", "ewc", "l2", "lwf", "magmax", "model_tailor",
+            "moelora", "olora", "pgp", "prototype_router", "rcl", "reglora", "replay", "sd_lora")  # fmt: skip
 
 
 def work(base: Path, data: Path, out: Path, launch: list[str], methods: dict[str, tuple[str, ...]]) -> dict:
@@ -137,6 +138,9 @@ def test_two_processes_train_as_one(alone, together, zero):
         for key, weight in one["handed"].items():
             assert (two["handed"][key] - weight).norm() <= 1e-4 * weight.norm(), (name, key)
         assert two["report"] == pytest.approx(one["report"], rel=1e-3)
+    torch.testing.assert_close(
+        told["prototype_router"]["prototype"], alone["prototype_router"]["prototype"], rtol=1e-4, atol=1e-5
+    )
     assert 0 < alone["agem"]["report"]["projected_share"] < 1
     assert told["pgp"]["cut"] == (0 if zero == "none" else 1)
     for key, energies in alone["pgp"]["energies"].items():

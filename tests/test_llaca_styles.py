@@ -223,3 +223,73 @@ def test_osf_leaves_the_leading_directions_alone(view):  # noqa: F811
         method.check_model(load_recipe(["--method", "osf", "--quantization", "nf4"]).model)
     with pytest.raises(ValueError, match="method osf does not work with --zero 2; it does with none, 0"):
         checked(load_recipe(["--method", "osf", "--zero", "2"]))
+
+
+def test_safe_decorrelates_from_the_start_and_then_stays_near_the_slow_one(view):  # noqa: F811
+    """The first task's correlations by numpy, from what goes into the head; later ones' cosines to what it left."""
+    method = method_of("safe", "--diagonal", "0.2", "--redundant", "0.03", "--align", "0.6")
+    [batch] = view.batches([0, 1, 3, 12], 4)
+    seen, head = [], view.model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().double().numpy()))
+    method.stage = view
+    method.recall({})
+    method.before_task(layout_of(view).shards(), False, 1)
+    logits_of(view, batch)
+    start = seen[-1]
+    moved(view, 0.1)
+    outputs, _ = view.backbone.answer_logits(view.model, batch)
+    now, term = seen[-1], method.loss(view.model, batch, outputs)
+    c = np.corrcoef(now, start, rowvar=False)[: now.shape[1], now.shape[1] :]
+    off = np.square(c).sum() - np.square(np.diag(c)).sum()
+    assert term.item() == pytest.approx(0.2 * np.square(np.diag(c) - 1).sum() + 0.03 * off, rel=1e-3)
+    method.after_task(layout_of(view).shards(), Path())
+    memory = copy.deepcopy(method.memory())
+    assert method.seen is None
+    for far in (0.05, 0.05):  # the slow one stays the first task's
+        moved(view, far, 2)
+        method.recall(memory)
+        method.before_task(layout_of(view).shards(), True, 1)
+        outputs, _ = view.backbone.answer_logits(view.model, batch)
+        late, term = seen[-1], method.loss(view.model, batch, outputs)
+        cosine = (late * now).sum(1) / np.linalg.norm(late, axis=1) / np.linalg.norm(now, axis=1)
+        assert term.item() == pytest.approx(0.6 * (1 - cosine).mean(), rel=1e-3) and term > 1e-4
+        assert all(g is not None for g in torch.autograd.grad(term, list(view.weights().values())))
+        method.after_task(layout_of(view).shards(), Path())
+        memory = copy.deepcopy(method.memory())
+
+
+def test_rcl_takes_the_gradient_at_the_steepest_point_nearby(view):  # noqa: F811
+    """Against .backward() at weights moved by hand; the weights and the value of the loss are as before."""
+    method = started(view, "rcl", "--rho", "0.3")
+    view.model.eval()
+    [batch] = view.batches([0, 3, 12], 3)
+    weights = view.weights()
+
+    def loss() -> torch.Tensor:
+        outputs, targets = view.backbone.answer_logits(view.model, batch)
+        return view.backbone.token_loss(outputs.logits, targets) / len(targets)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        view.model.zero_grad()
+        loss().backward()
+        return {name: weight.grad.clone() for name, weight in weights.items()}
+
+    before, here = {name: weight.detach().clone() for name, weight in weights.items()}, gradients()
+    outputs, targets = view.backbone.answer_logits(view.model, batch)
+    plain = view.backbone.token_loss(outputs.logits, targets) / len(targets)
+    term = method.loss(view.model, batch, outputs)
+    assert term.item() == 0
+    view.model.zero_grad()
+    (plain + term).backward()
+    mine = {name: weight.grad.clone() for name, weight in weights.items()}
+    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+    length = torch.cat([g.flatten() for g in here.values()]).norm()
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.add_(0.3 * here[name] / length)
+    there = gradients()
+    for name in weights:
+        torch.testing.assert_close(mine[name], there[name], rtol=1e-3, atol=1e-5)
+    assert any((there[name] - here[name]).norm() > 0.05 * here[name].norm() for name in weights)
+    with pytest.raises(ValueError, match="method rcl works on a micro-batch's mean loss: give --loss_norm"):
+        checked(load_recipe(["--method", "rcl", "--loss_normalisation", "global"]))

@@ -10,20 +10,28 @@ from llaca.methods.blocks import InfLoRA, OLoRA, StackedLoRA
 from llaca.methods.ccfi import CCFI
 from llaca.methods.dgg import DGG
 from llaca.methods.distilled import Corrective, Recyclable
+from llaca.methods.dsee import DSEE
 from llaca.methods.eproj import EProj
 from llaca.methods.ewc import EWC
+from llaca.methods.keeplora import KeepLoRA
 from llaca.methods.l2 import L2
 from llaca.methods.llaca import FixedEMA, LLaCA
 from llaca.methods.lwf import LwF
 from llaca.methods.merging import CoFiMA, CoMA, TaskMerge
 from llaca.methods.model_tailor import ModelTailor
 from llaca.methods.moelora import MoELoRA
+from llaca.methods.oft import OFT
 from llaca.methods.osf import OSF
 from llaca.methods.pace import PACE
+from llaca.methods.pathweave import PathWeave
 from llaca.methods.pgp import PGP
+from llaca.methods.rcl import RCL
 from llaca.methods.reference import LoRA, LoraLowLr, LoraPerTask, LoraStable, MultiTask, ZeroShot
 from llaca.methods.reglora import RegLoRA
 from llaca.methods.replay import Replay
+from llaca.methods.router import PrototypeRouter
+from llaca.methods.safe import SAFE
+from llaca.methods.sd_lora import SDLoRA
 from llaca.methods.smoothing import Smoothing
 from llaca.methods.task_vectors import MagMax, Ties
 
@@ -37,12 +45,14 @@ METHODS: dict[str, type[Method]] = {
     "lora_low_lr": LoraLowLr,
     "lora_stable": LoraStable,
     "lora_per_task": LoraPerTask,
+    "prototype_router": PrototypeRouter,
     "ewc": EWC,
     "l2": L2,
     "reglora": RegLoRA,
     "lwf": LwF,
     "recyclable": Recyclable,
     "corrective": Corrective,
+    "safe": SAFE,
     "smoothing": Smoothing,
     "pace": PACE,
     "replay": Replay,
@@ -50,6 +60,7 @@ METHODS: dict[str, type[Method]] = {
     "agem": AGEM,
     "dgg": DGG,
     "pgp": PGP,
+    "rcl": RCL,
     "osf": OSF,
     "coma": CoMA,
     "cofima": CoFiMA,
@@ -61,6 +72,11 @@ METHODS: dict[str, type[Method]] = {
     "stacked_lora": StackedLoRA,
     "olora": OLoRA,
     "inflora": InfLoRA,
+    "keeplora": KeepLoRA,
+    "sd_lora": SDLoRA,
+    "pathweave": PathWeave,
+    "oft": OFT,
+    "dsee": DSEE,
     "moelora": MoELoRA,
     "eproj": EProj,
     "fixed_ema": FixedEMA,
@@ -91,5 +107,7 @@ def method_of(recipe: "Recipe") -> Method:
             raise ValueError(f"method {name} needs groups that start empty: give --new_group_start fresh")
     if method.compares and recipe.train.batch_size == 1 and recipe.train.global_batch_size in (0, 1):
         raise ValueError(f"method {name} compares the records of a micro-batch: take --batch_size 2 or more")
+    if method.takes_local and recipe.train.loss_normalisation != "local":
+        raise ValueError(f"method {name} works on a micro-batch's mean loss: give --loss_normalisation local")
     method.check_model(recipe.model)
     return method

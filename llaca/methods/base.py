@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from llaca.engines.shards import Shards
 from llaca.sections import ModelConfig
@@ -54,6 +55,16 @@ class StageView:
         finally:
             self.model.train(training)
 
+    def logits_with(self, weights: dict[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits [tokens, words] of a batch's answered tokens with these weights in place of the model's own, without
+        gradient and dropout."""
+
+        def model(**given):
+            return functional_call(self.model, weights, (), given)
+
+        with torch.no_grad(), self.evaluating():
+            return self.backbone.answer_logits(model, batch)[0].logits
+
     def weights(self) -> dict[str, nn.Parameter]:
         """What trains, by name: whole tensors, unless the engine is ZeRO 3."""
         return trainable_parameters(self.model)
@@ -80,12 +91,14 @@ class Method(TrainHooks):
     trains = True  # False: the base model is only evaluated
     joint = False  # True: one stage with all tasks
     oracle = False  # True: every task has parameters of its own, and a test set is told which task it is of
+    routes = False  # True: every question is answered with one of the stages' parameters, which `route` chooses
     mergeable = True  # False: the adapter stays beside the weights when it answers
     edits_gradients = False  # True: after_backward changes them
     edits_weights = False  # True: after_step changes them
     engines: tuple[str, ...] = EVERY_ENGINE  # values of the recipe's `zero` under which it works
     rests = False  # True: some of what has a gradient must not move; without weight decay, and no group from another's
     compares = False  # True: it compares the records of a micro-batch
+    takes_local = False  # True: it changes the gradient of a micro-batch's mean loss, and no other normalisation's
     copies = 0  # float32 copies of what trains that it keeps through a stage, beside those of an `average` setting
     changes: ClassVar[dict[str, Any]] = {}  # fields of a recipe that have another default with this method
     belongs_to: ClassVar[dict[str, tuple[str, ...]]] = {}  # setting -> those that are meant for one value of it alone
@@ -143,6 +156,12 @@ class Method(TrainHooks):
     def recall(self, memory: dict) -> None:
         """Take over the `memory` of the stage whose parameters this one continues; empty where it continues none. The
         weights that the stage starts from may be set here, in `stage.model`."""
+
+    @staticmethod
+    def route(states: Tensor, memories: list[dict]) -> list[int]:
+        """Which stage's parameters answer each question, by its number, where the method `routes`. `states`: what the
+        base makes of the questions [questions, width] (llava/states.py); `memories`: those of the stages."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict:
         """All that this rank needs to go on inside a stage exactly."""

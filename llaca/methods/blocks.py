@@ -116,12 +116,13 @@ class InfLoRA(StackedLoRA):
         estimate_records: int = setting(200, "records whose inputs are X", least=1)
 
     trains_a = False
+    estimate = staticmethod(second_moments)
     basis: dict[str, Tensor]  # name of a lora_A -> U [inputs, directions]
 
     def recall(self, memory: dict) -> None:
         super().recall(memory)
         weights = self.stage.weights()
-        self.basis = {name: basis.to(weights[name].device) for name, basis in memory.get("basis", {}).items()}
+        self.basis = {name: basis.to(weights[name].device) for name, basis in self.protected(memory).items()}
         if self.tasks >= self.settings.blocks:
             return  # the last block has its inputs
         with torch.no_grad():
@@ -129,11 +130,15 @@ class InfLoRA(StackedLoRA):
                 block = self.own(name, weights[name])
                 block.copy_(leading(energies.double(), self.basis.get(name), len(block)))
 
+    def protected(self, memory: dict) -> dict[str, Tensor]:
+        """U of each lora_A [inputs, directions] before this task; none without an earlier one."""
+        return memory.get("basis", {})
+
     def energies(self) -> Iterator[tuple[str, Tensor]]:
-        """X X^T of what reaches each lora_A."""
+        """What the directions of each lora_A are those of [inputs, inputs]: X X^T."""
         inputs = ((name, weight) for name, weight in self.stage.weights().items() if "lora_A" in name)
         for names in passes(inputs):
-            yield from second_moments(self.stage, names, self.settings.estimate_records).items()
+            yield from self.estimate(self.stage, names, self.settings.estimate_records).items()
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[None, dict]:
         for name, energies in self.energies():

@@ -18,39 +18,57 @@ from torch.nn.functional import cross_entropy
 
 from llaca.engines.shards import Shards
 from llaca.fields import setting
+from llaca.methods.base import Method
 from llaca.methods.lwf import LwF, spoken
 from llava.conversation import IGNORE
 
 
-class Recyclable(LwF):
+class HeadInputs(Method):
+    """A method that looks at what goes into the head."""
+
+    seen: Tensor | None = None  # what went in last
+
+    def watch_head(self) -> None:
+        """Keeps it from here on."""
+
+        def look(head, inputs):
+            self.seen = inputs[0]
+
+        self.hook = self.stage.model.get_output_embeddings().register_forward_pre_hook(look)
+
+    def leave_head(self) -> None:
+        """Keeps it no longer."""
+        self.hook.remove()
+        self.seen = None
+
+    def head_inputs(self, inputs) -> Tensor:
+        """What went in last, of the answered tokens: float32 [tokens, width]."""
+        if self.seen.dim() == 2:
+            return self.seen.float()
+        counts = (inputs["labels"] != IGNORE).sum(1, keepdim=True)
+        # An encoder-decoder's head gets whole rows, padding behind the answers.
+        return self.seen.float()[torch.arange(self.seen.shape[1], device=self.seen.device) < counts]
+
+
+class Recyclable(HeadInputs, LwF):
     """LwF that also keeps what goes into the head."""
 
     @dataclass
     class Settings(LwF.Settings):
         hidden: float = setting(10.0, "mu, the weight of the hidden states", least=0)
 
-    seen: Tensor | None = None  # what went into the head last
-
     def before_task(self, shards: Shards, matched: bool, steps: int) -> None:
         super().before_task(shards, matched, steps)
-
-        def look(head, inputs):
-            self.seen = inputs[0]
-
         if matched:
-            self.hook = self.stage.model.get_output_embeddings().register_forward_pre_hook(look)
+            self.watch_head()
 
     def loss(self, model, inputs, outputs) -> Tensor | None:
         """Both terms, None in the first stage of these parameters."""
         if self.teacher is None:
             return None
-        now = self.seen
+        now = self.head_inputs(inputs)
         taught = self.taught(inputs)
-        apart = (now.float() - self.seen.float()).square()
-        if apart.dim() == 3:  # an encoder-decoder's head gets whole rows, padding behind the answers
-            counts = (inputs["labels"] != IGNORE).sum(1, keepdim=True)
-            apart = apart[torch.arange(apart.shape[1], device=apart.device) < counts]
-        apart = apart.mean()
+        apart = (now - self.head_inputs(inputs)).square().mean()
         taught = (
             self.settings.penalty * self.settings.temperature**2 * self.divergence(outputs.logits, taught, "batchmean")
         )
@@ -58,8 +76,7 @@ class Recyclable(LwF):
 
     def after_task(self, shards: Shards, folder) -> tuple[None, dict]:
         if self.teacher is not None:
-            self.hook.remove()
-            self.seen = None
+            self.leave_head()
         return None, {}
 
 

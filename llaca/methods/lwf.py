@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn.functional import kl_div, log_softmax
 
 from llaca.engines.shards import Shards
@@ -50,12 +49,7 @@ class LwF(Method):
 
     def taught(self, inputs) -> Tensor:
         """z_old [tokens, words], without dropout."""
-
-        def teacher(**given):
-            return functional_call(self.stage.model, self.teacher, (), given)
-
-        with torch.no_grad(), self.stage.evaluating():
-            return self.stage.backbone.answer_logits(teacher, inputs)[0].logits
+        return self.stage.logits_with(self.teacher, inputs)
 
     def divergence(self, logits: Tensor, taught: Tensor, reduction: str) -> Tensor:
         """KL of both softmaxes: "batchmean" over the tokens, or "none", of each token and word."""

@@ -1,0 +1,83 @@
+"""The prototype router against stock hidden states, numpy, and the answers of the adapters that it chooses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_llaca_train import adapters, arguments, mini  # noqa: F401
+
+from data.records import load_samples
+from eval.predict import Answerer, open_run
+from eval.report import main as report
+from eval.tables import read_matrix
+from llaca.config import load_recipe
+from llaca.train import run
+from llava.backbones import load_base
+from llava.dataset import InstructionDataset
+from llava.generate import answer_batches
+from llava.greedy import Decoder
+from llava.states import asked, question_of, question_states
+
+
+def test_the_state_of_a_question_is_stock_transformers_last_one(tiny, tiny_data):
+    """Of records with and without pictures, one of two turns; the same from the token ids of the question alone."""
+    model, backbone = tiny
+    model.eval()
+    records = InstructionDataset.of_samples(load_samples(tiny_data / "train.json", tiny_data), backbone, 512)
+    items = [records[number] for number in range(len(records))]
+    assert {"pixel_values" in item for item in items} == {True, False}
+    found = question_states(model, backbone, map(question_of, items))
+    for item, state in zip(items, found, strict=True):
+        end = int((item["labels"] != -100).nonzero()[0])
+        picture = {key: value for key, value in item.items() if key not in ("input_ids", "labels")}
+        prompt = {"input_ids": item["input_ids"][None, :end], **{k: v[None] for k, v in picture.items()}}
+        with torch.no_grad():
+            wanted = model(**prompt, output_hidden_states=True).hidden_states[-1][0, -1]
+        torch.testing.assert_close(state, wanted, rtol=0, atol=2e-5)
+        [again] = question_states(model, backbone, [asked(backbone, item["input_ids"][:end].tolist(), picture)])
+        torch.testing.assert_close(again, wanted, rtol=0, atol=2e-5)
+    assert question_states(model, backbone, []).shape == (0,)
+
+
+def test_every_question_is_answered_by_the_adapter_of_the_nearest_prototype(arguments, tmp_path):  # noqa: F811
+    folder = run(load_recipe([*arguments, "--method", "prototype_router", "--estimate_records", "9"]))
+    oracle = run(load_recipe([*arguments[:-1], "oracle", "--method", "lora_per_task"]))
+    assert adapters(folder) == adapters(oracle)
+    report(["--runs-dir", str(tmp_path / "runs"), "--run", "r", "--out", str(tmp_path / "tables")])
+    assert np.isfinite(np.tril(read_matrix(folder / "matrix.csv")[0])).all()
+    found = open_run(folder)
+    answerer, (base, backbone) = Answerer(found), load_base(found.recipe.model.base)  # the pictures, not their features
+    stages, chosen = [stage.name for stage in found.stages], set()
+    prototypes = [torch.load(folder / "stages" / n / "method.pt")["prototype"].double().numpy() for n in stages]
+    models = [answerer.model(found, stage) for stage in stages]
+    for place, stage in enumerate(stages):
+        for task, questions in list(found.questions.items())[: place + 1]:
+            rows = [json.loads(line) for line in found.answer_file(stage, task).read_text().splitlines()]
+            for number, row in enumerate(rows):
+                path = questions.picture(number)
+                picture = {} if path is None else {key: value[None] for key, value in backbone.picture(path).items()}
+                with torch.no_grad():
+                    ids = torch.tensor([questions.ids(number)])
+                    hidden = base.eval()(input_ids=ids, **picture, output_hidden_states=True).hidden_states[-1]
+                away = [np.linalg.norm(hidden[0, -1].double().numpy() - p) for p in prototypes[: place + 1]]
+                nearest = int(np.argmin(away))
+                chosen.add((place, nearest))
+                decoder = Decoder(models[nearest], answerer.backbone, found.answer_limit(task))
+                [(_, texts)] = answer_batches(decoder, [questions.ids(number)], [path])
+                assert texts == [row["text"]], (stage, task)
+    assert len({nearest for place, nearest in chosen if place == 2}) > 1
+
+
+def test_a_picture_that_is_gone_is_named(arguments):  # noqa: F811
+    line = [*arguments, "--method", "prototype_router", "--tasks", "TextVQA", "GQA", "--reuse_vision_features", "false"]
+    found = open_run(run(load_recipe(line)))
+    questions = found.questions["GQA"]
+    picture = questions.picture(0)
+    content = picture.read_bytes()
+    picture.unlink()
+    try:
+        with pytest.raises(OSError, match=picture.name):
+            Answerer(found).routed(found, "02-GQA", "GQA", [0])
+    finally:
+        picture.write_bytes(content)
