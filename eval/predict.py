@@ -109,7 +109,7 @@ class EvaluatedRun:
                     continue
                 if self.cells == "final" and not last:
                     continue
-                if METHODS[self.recipe.method.method].routes:
+                if METHODS[self.recipe.method.method].route:
                     row[task] = stage.name
                     continue
                 row[task], matched = pool.holder_for(instructions[task], task)
@@ -193,7 +193,7 @@ class Answerer:
         """Whose parameters answer these questions: stage -> their numbers. `holder`, unless the method routes them
         among its stages up to that one."""
         method = METHODS[run.recipe.method.method]
-        if not method.routes or holder == BASE:
+        if not method.route or holder == BASE:
             return {holder: todo}
         asked, names = run.questions[task], [stage.name for stage in run.stages]
         names = names[: names.index(holder) + 1]

@@ -1,6 +1,6 @@
 """The hooks of a method. `Method` itself is plain sequential LoRA: every hook does nothing."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +91,9 @@ class Method(TrainHooks):
     trains = True  # False: the base model is only evaluated
     joint = False  # True: one stage with all tasks
     oracle = False  # True: every task has parameters of its own, and a test set is told which task it is of
-    routes = False  # True: every question is answered with one of the stages' parameters, which `route` chooses
+    # Which stage's parameters answer each question, by its number, of what the base makes of the questions
+    # [questions, width] (llava/states.py) and of the stages' memories; None: the pool chooses for a whole test set.
+    route: ClassVar[Callable[[Tensor, list[dict]], list[int]] | None] = None
     mergeable = True  # False: the adapter stays beside the weights when it answers
     edits_gradients = False  # True: after_backward changes them
     edits_weights = False  # True: after_step changes them
@@ -156,12 +158,6 @@ class Method(TrainHooks):
     def recall(self, memory: dict) -> None:
         """Take over the `memory` of the stage whose parameters this one continues; empty where it continues none. The
         weights that the stage starts from may be set here, in `stage.model`."""
-
-    @staticmethod
-    def route(states: Tensor, memories: list[dict]) -> list[int]:
-        """Which stage's parameters answer each question, by its number, where the method `routes`. `states`: what the
-        base makes of the questions [questions, width] (llava/states.py); `memories`: those of the stages."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict:
         """All that this rank needs to go on inside a stage exactly."""

@@ -23,8 +23,6 @@ from llava.states import question_of, question_states
 class PrototypeRouter(LoraPerTask):
     """A fresh LoRA for every task, and every question is answered with that of the task it looks like."""
 
-    routes = True
-
     @dataclass
     class Settings:
         estimate_records: int = setting(200, "records of a task that make its prototype", least=1)
