@@ -31,7 +31,15 @@ from eval.figures import (
 )
 from eval.metrics import forward_transfer, text_figures
 from eval.predict import BASE, EvaluatedRun, answer_share, arguments, chosen_runs, merge_parts
-from eval.run_statistics import fallback_notes, format_notes, majority_notes, run_statistics, scoring_notes, stories
+from eval.run_statistics import (
+    blind_notes,
+    fallback_notes,
+    format_notes,
+    majority_notes,
+    run_statistics,
+    scoring_notes,
+    stories,
+)
 from eval.score import QuestionSet, TaskScore, majority_score, read_answers, score_task
 from eval.tables import Table, method_row, read_matrix, results_table, write_matrix, write_metrics
 from eval.tasks import MODES, task_of
@@ -60,7 +68,8 @@ def question_set(run: EvaluatedRun, task: str) -> QuestionSet:
 def score_run(run: EvaluatedRun) -> dict:
     """Scores every cell and writes the run's files; returns its metrics, of the accuracies by `run.scoring`, and, as
     "format", the percentage of answers in the form that the task asks for, by task after the last stage, and, as
-    "left_out", the number of each task's questions that cannot be scored.
+    "left_out", the number of each task's questions that cannot be scored, and, as "learnt", each task's accuracy right
+    after its own stage, where there are several.
 
     A run that is not complete gets the matrix of its stages so far and, for want of a last row, no metrics.json.
     """
@@ -116,6 +125,8 @@ def score_run(run: EvaluatedRun) -> dict:
     metrics = write_metrics(folder / "metrics.json", A, tasks, extra)
     last = {task: scores[stages[-1], task] for task in tasks}
     told = {"format": {task: score.format_rate for task, score in last.items()}}
+    if len(A) > 1:
+        told["learnt"] = dict(zip(tasks, np.diag(A).tolist(), strict=True))
     return metrics | told | {"left_out": {task: score.left_out for task, score in last.items()}}
 
 
@@ -165,7 +176,8 @@ def summary(runs: list[EvaluatedRun], metrics: dict[str, dict], out: Path, paper
     table = results_table(rows, majority, paper)
     behind = run_statistics(methods, metrics)
     notes = [*scoring_notes(runs[0].scoring, paper), *table.notes, *left_out]
-    table = replace(table, notes=(*notes, *format_notes(methods, metrics), *fallback_notes(behind)))
+    notes += [*format_notes(methods, metrics), *blind_notes(methods, metrics, majority), *fallback_notes(behind)]
+    table = replace(table, notes=tuple(notes))
     write_table(table, behind, runs, out)
     draw(methods, metrics, out)
     return table.text()

@@ -82,20 +82,6 @@ def costs(behind: pd.DataFrame) -> str:
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *(f"- {note}" for note in notes), ""])
 
 
-def differences(behind: pd.DataFrame, pairs: dict[str, list[str]]) -> str:
-    """Row minus row of `run_statistics`, seed by seed, as a GitHub table: mean ± sample standard deviation, in
-    points."""
-    metrics = TEXT_KEYS if "AR" in behind else ("Avg.ACC", "Forgetting", "New.ACC")
-    lines = [["", "Difference", *metrics, "Seeds"], ["---", "---", *["---:"] * 4]]
-    for words, (one, other) in pairs.items():
-        own, foil = (behind[behind["method"] == label].set_index("seed") for label in (one, other))
-        apart = own[[*metrics]].sub(foil[[*metrics]]).dropna()
-        spread = [f" ± {apart[metric].std(ddof=1):.1f}" if len(apart) > 1 else "" for metric in metrics]
-        cells = [f"{apart[metric].mean():+.1f}{told}" for metric, told in zip(metrics, spread, strict=True)]
-        lines.append([words, f"{one} - {other}", *cells, str(len(apart))])
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), ""])
-
-
 def scoring_notes(scoring: str, printed: bool) -> list[str]:
     """By which rules the answers are scored, and the lines that the paper printed, if there are any."""
     rules = {
@@ -120,6 +106,28 @@ def majority_notes(found: dict[str, Majority]) -> list[str]:
             notes.append(
                 f"Question-only majority: {answers.answers_left_out:,} training answers of {task} that are no box were "
                 "left out."
+            )
+    return notes
+
+
+def blind_notes(
+    methods: dict[str, list[EvaluatedRun]], metrics: dict[str, dict], majority: dict[str, float]
+) -> list[str]:
+    """Of each method the tasks that it answers no better, right after their own stage, than the question-only majority
+    does, which never sees a picture or a text."""
+    notes = []
+    for label, members in methods.items():
+        told = [metrics[run.name]["learnt"] for run in members if metrics[run.name].get("learnt")]
+        means = {task: float(np.mean([own[task] for own in told])) for task in (told[0] if told else ())}
+        if blind := [
+            f"{task} {mean:.1f} (majority {majority[task]:.1f})"
+            for task, mean in means.items()
+            if mean <= majority[task]
+        ]:
+            notes.append(
+                f"{label}: no better than the question-only majority right after the task's own stage, "
+                f"{len(blind)} of {len(means)} tasks: {', '.join(blind)}. More records or steps, or a base "
+                "that sees such inputs."
             )
     return notes
 

@@ -23,10 +23,12 @@ import pandas as pd
 import yaml
 
 from data.benchmark import open_benchmark
+from eval.intervals import differences
+from eval.metrics import TEXT_KEYS
 from eval.predict import CELLS, EvaluatedRun, open_run
 from eval.report import answer, baseline, draw, score_run, write_table
-from eval.run_statistics import costs, differences, fallback_notes, format_notes, run_statistics, scoring_notes
-from eval.tables import ALL_METRICS, Row, method_row, results_table
+from eval.run_statistics import blind_notes, costs, fallback_notes, format_notes, run_statistics, scoring_notes
+from eval.tables import ALL_METRICS, TABLE_METRICS, Row, method_row, results_table
 from eval.tasks import MODES
 from llaca import machine
 from llaca.config import CONFIGS, Recipe, load_recipe
@@ -164,14 +166,14 @@ def table(
     notes += [f"Lines marked 'printed' are the paper's, {whose}."] if printed else []
     released = "AR" not in metrics[every[0].name]  # ROUGE-L is the same whoever computes it
     notes += scoring_notes(every[0].scoring, bool(printed) and released)
-    found = replace(
-        found, notes=(*notes, *found.notes, *left_out, *format_notes(runs, metrics), *fallback_notes(behind))
-    )
+    notes += [*found.notes, *left_out, *format_notes(runs, metrics), *blind_notes(runs, metrics, majority)]
+    found = replace(found, notes=(*notes, *fallback_notes(behind)))
     write_table(found, behind, every, options.out)
     (options.out / "costs.md").write_text(costs(behind), encoding="utf-8")
     told = set(study["rows"])
     if pairs := {words: pair for words, pair in study.get("differences", {}).items() if told.issuperset(pair)}:
-        (options.out / "differences.md").write_text(differences(behind, pairs), encoding="utf-8")
+        shown = TABLE_METRICS if released else TEXT_KEYS
+        (options.out / "differences.md").write_text(differences(behind, pairs, runs, shown), encoding="utf-8")
     if len({tuple(run.tasks) for run in every}) == 1:
         draw(runs, metrics, options.out)
     print(f"\n{found.text()}\nTables (txt, md, csv, tex) and figures: {options.out}")

@@ -9,13 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from eval.metrics import summarise
 from eval.predict import EvaluatedRun
 from eval.report import by_method
-from eval.run_statistics import differences
 from eval.tables import (
     PAPER_TABLE_1,
     method_row,
@@ -129,20 +127,6 @@ def test_latex_escapes_its_notes(table):
     """A bare % would comment out the end of its line."""
     notes = replace(table, notes=("beta fell back in 12.9 % of lcia_release's {steps} & more",)).latex()
     assert r"12.9 \% of lcia\_release's \{steps\} \& more}\par" in notes
-
-
-def test_differences_are_taken_seed_by_seed():
-    rows = [("A", 0, 50.0), ("A", 1, 60.0), ("A", 2, 99.0), ("B", 1, 50.0), ("B", 0, 44.0)]
-    behind = pd.DataFrame(
-        [{"method": m, "seed": s, "Avg.ACC": v, "Forgetting": -v, "New.ACC": v / 2} for m, s, v in rows]
-    )
-    line = differences(behind, {"what": ["A", "B"]}).splitlines()[2]
-    assert line == "| what | A - B | +8.0 ± 2.8 | -8.0 ± 2.8 | +4.0 ± 1.4 | 2 |"
-
-
-def test_one_seed_has_no_spread():
-    behind = pd.DataFrame({"method": ["A", "B"], "seed": 0, "Avg.ACC": [3.0, 1], "Forgetting": 2.0, "New.ACC": 1.0})
-    assert differences(behind, {"what": ["A", "B"]}).splitlines()[2] == "| what | A - B | +2.0 | +0.0 | +0.0 | 1 |"
 
 
 def test_runs_of_other_learning_rates_are_no_seeds_of_one_method():
