@@ -16,6 +16,7 @@ import torch
 from data.benchmark import open_benchmark
 from data.check import check_benchmark
 from data.mini import build as coin_mini
+from data.mini import fourfold
 from data.mini import text_stream as dialog_mini
 from llaca import machine
 from llaca.config import DEFAULT_RECIPE, Recipe, load_recipe
@@ -29,7 +30,11 @@ from llava.check import reader_of
 
 OTHER_WORK = {"data_root", "stream", "tasks", "base", "epochs", "max_train_samples", "smoke"}  # than a recipe's minutes
 DEFAULT_METHODS = ("lora", "llaca")
-GENERATED = {Path("data/coin_mini"): coin_mini, Path("data/dialog_mini"): dialog_mini}
+GENERATED = {
+    Path("data/coin_mini"): coin_mini,
+    Path("data/coin_mini_fourfold"): fourfold,
+    Path("data/dialog_mini"): dialog_mini,
+}
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 

