@@ -192,14 +192,14 @@ class Answerer:
     def routed(self, run: EvaluatedRun, holder: str, task: str, todo: list[int]) -> dict[str, list[int]]:
         """Whose parameters answer these questions: stage -> their numbers. `holder`, unless the method routes them
         among its stages up to that one."""
-        method = METHODS[run.recipe.method.method]
+        method = METHODS[run.recipe.method.method](run.recipe.settings)
         if not method.route or holder == BASE:
             return {holder: todo}
         asked, names = run.questions[task], [stage.name for stage in run.stages]
         names = names[: names.index(holder) + 1]
         items = (self.item(asked, number) for number in todo)
         states = question_states(self.base.eval(), self.backbone, items)
-        memories = [handed_on(method(run.recipe.settings), run.folder / "stages" / name) for name in names]
+        memories = [handed_on(method, run.folder / "stages" / name) for name in names]
         chosen = defaultdict(list)
         for number, place in zip(todo, method.route(states, memories), strict=True):
             chosen[names[place]].append(number)

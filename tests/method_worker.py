@@ -109,8 +109,8 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None, hal
     if name == "pgp":
         told["cut"] = method.places
         told["energies"] = second_moments(method.stage, list(shown), 6)
-    if name == "prototype_router":
-        told["prototype"] = method.memory()["prototype"]
+    if name == "discriminant_router":
+        told["router"] = method.memory()
     handed, told["report"] = method.after_task(callback.layout.shards(), folder)
     told["handed"] = {} if handed is None else callback.layout.gather(handed)
     return told

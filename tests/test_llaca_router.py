@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from test_llaca_methods import method_of, view  # noqa: F401
 from test_llaca_train import adapters, arguments, mini  # noqa: F401
 
 from data.records import load_samples
@@ -49,7 +51,7 @@ def test_every_question_is_answered_by_the_adapter_of_the_nearest_prototype(argu
     found = open_run(folder)
     answerer, (base, backbone) = Answerer(found), load_base(found.recipe.model.base)  # the pictures, not their features
     stages, chosen = [stage.name for stage in found.stages], set()
-    prototypes = [torch.load(folder / "stages" / n / "method.pt")["prototype"].double().numpy() for n in stages]
+    prototypes = [torch.load(folder / "stages" / n / "method.pt")["mean"].double().numpy() for n in stages]
     models = [answerer.model(found, stage) for stage in stages]
     for place, stage in enumerate(stages):
         for task, questions in list(found.questions.items())[: place + 1]:
@@ -67,6 +69,27 @@ def test_every_question_is_answered_by_the_adapter_of_the_nearest_prototype(argu
                 [(_, texts)] = answer_batches(decoder, [questions.ids(number)], [path])
                 assert texts == [row["text"]], (stage, task)
     assert len({nearest for place, nearest in chosen if place == 2}) > 1
+
+
+def test_mean_covariance_and_discriminant_are_numpys_and_scikit_learns(tiny, tiny_data, view):  # noqa: F811
+    method = method_of("discriminant_router", "--estimate_records", "9", "--shrinkage", "0.2")
+    method.stage = view
+    view.model.eval()
+    method.recall({})
+    states = question_states(view.model, view.backbone, [question_of(view.dataset[n]) for n in view.draw(9)])
+    memory = method.memory()
+    np.testing.assert_allclose(memory["mean"], states.double().mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(memory["covariance"], np.cov(states.double().T, ddof=0), rtol=1e-3, atol=1e-5)
+    rng = np.random.default_rng(0)
+    groups = [rng.normal(size=(40, 6)) @ rng.normal(size=(6, 6)) + rng.normal(size=6) for _ in range(3)]
+    questions = rng.normal(size=(200, 6)) * 2
+    told = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.2).fit(
+        np.concatenate(groups), np.repeat([0, 1, 2], 40)
+    )
+    memories = [{"mean": torch.tensor(g.mean(0)), "covariance": torch.tensor(np.cov(g.T, ddof=0))} for g in groups]
+    assert method.route(torch.tensor(questions), memories) == told.predict(questions).tolist()
+    assert len(set(told.predict(questions))) == 3
+    assert method.route(torch.tensor(questions), memories[:1]) == [0] * 200
 
 
 def test_a_picture_that_is_gone_is_named(arguments):  # noqa: F811

@@ -29,7 +29,7 @@ from llaca.methods.rcl import RCL
 from llaca.methods.reference import LoRA, LoraLowLr, LoraPerTask, LoraStable, MultiTask, ZeroShot
 from llaca.methods.reglora import RegLoRA
 from llaca.methods.replay import Replay
-from llaca.methods.router import PrototypeRouter
+from llaca.methods.router import DiscriminantRouter, PrototypeRouter
 from llaca.methods.safe import SAFE
 from llaca.methods.sd_lora import SDLoRA
 from llaca.methods.smoothing import Smoothing
@@ -82,6 +82,7 @@ METHODS: dict[str, type[Method]] = {
     "fixed_ema": FixedEMA,
     "llaca": LLaCA,
     "averaged_pgp": AveragedPGP,
+    "discriminant_router": DiscriminantRouter,
 }
 
 

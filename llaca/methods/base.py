@@ -93,7 +93,7 @@ class Method(TrainHooks):
     oracle = False  # True: every task has parameters of its own, and a test set is told which task it is of
     # Which stage's parameters answer each question, by its number, of what the base makes of the questions
     # [questions, width] (llava/states.py) and of the stages' memories; None: the pool chooses for a whole test set.
-    route: ClassVar[Callable[[Tensor, list[dict]], list[int]] | None] = None
+    route: Callable[[Tensor, list[dict]], list[int]] | None = None
     mergeable = True  # False: the adapter stays beside the weights when it answers
     edits_gradients = False  # True: after_backward changes them
     edits_weights = False  # True: after_step changes them
