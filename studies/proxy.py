@@ -27,8 +27,8 @@ import yaml
 
 from data.benchmark import open_benchmark
 from data.records import IMAGE, load_samples, read_list
-from eval.predict import open_run
-from eval.report import answer, score_run
+from eval.predict import answer_share, merge_parts, open_run
+from eval.report import score_run
 from eval.tasks import task_of
 from eval.tasks.grounding import Grounding
 from llaca.config import DEFAULT_RECIPE, Recipe, load_recipe
@@ -117,10 +117,8 @@ def choose(options: argparse.Namespace, more: list[str]) -> str:
         if not is_done(asked) and (status := run_all([[sys.executable, "-m", "llaca.train", *line, *own]], 1)):
             sys.exit(status)
         done = open_run(run_folder(asked))
-        answer(
-            [done],
-            argparse.Namespace(num_gpus=None, batch_size=None, runs_dir=root / "runs", split="test", cells="triangle"),
-        )
+        answer_share([done], 0, 1)
+        merge_parts([done])
         accuracy = score_run(done)["Avg.ACC"]
         weights[arm] *= math.exp(GAMMA * accuracy / 100 / (len(weights) * chances[arm]))
         print(f"trial {trial + 1}: {options.setting} {value}, Avg.ACC {accuracy:.1f} on the proxy stream", flush=True)

@@ -34,11 +34,14 @@ def test_the_proxy_stream_divides_the_first_tasks_training_records(arguments, mi
 def test_exp3_favours_what_scored_better(arguments, tmp_path, monkeypatch, capsys):  # noqa: F811
     """The trainings replaced by known scores; weights and chances by the formula, written out."""
     scores, drawn = {"0.1": 90.0, "10": 10.0}, []
-    monkeypatch.setattr(
-        proxy, "run_all", lambda lines, side: drawn.append(lines[0][lines[0].index("--penalty") + 1]) or 0
-    )
-    monkeypatch.setattr(proxy, "open_run", lambda folder: folder)
-    monkeypatch.setattr(proxy, "answer", lambda runs, options: None)
+
+    def trained(lines, side_by_side):
+        drawn.append(lines[0][lines[0].index("--penalty") + 1])
+        return 0
+
+    monkeypatch.setattr(proxy, "run_all", trained)
+    for name in ("open_run", "answer_share", "merge_parts"):
+        monkeypatch.setattr(proxy, name, lambda *given: given[0])
     monkeypatch.setattr(proxy, "score_run", lambda folder: {"Avg.ACC": scores[drawn[-1]]})
     line = ["--recipe", arguments[1], "--method", "l2", "--setting", "penalty", "--values", "0.1", "10"]
     proxy.main([*line, "--trials", "12", "--out", str(tmp_path / "proxy"), "--lora_rank", "2"])
