@@ -8,7 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from eval.predict import EvaluatedRun
-from eval.report import output_folder
+from eval.scored import output_folder
 
 LEVEL = 0.95
 RESAMPLES = 9999

@@ -18,8 +18,8 @@ from scipy import stats
 
 from data.benchmark import image_root
 from eval.predict import EvaluatedRun, arguments, chosen_runs
-from eval.report import method_label, output_folder, question_set
 from eval.score import training_turns
+from eval.scored import method_label, output_folder, question_set
 from eval.tables import read_matrix
 from eval.tasks import task_of
 

@@ -19,7 +19,7 @@ import json
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cached_property, lru_cache
@@ -192,18 +192,23 @@ class Answerer:
     def routed(self, run: EvaluatedRun, holder: str, task: str, todo: list[int]) -> dict[str, list[int]]:
         """Whose parameters answer these questions: stage -> their numbers. `holder`, unless the method routes them
         among its stages up to that one."""
-        method = METHODS[run.recipe.method.method](run.recipe.settings)
-        if not method.route or holder == BASE:
+        if not METHODS[run.recipe.method.method].route or holder == BASE:
             return {holder: todo}
-        asked, names = run.questions[task], [stage.name for stage in run.stages]
-        names = names[: names.index(holder) + 1]
-        items = (self.item(asked, number) for number in todo)
-        states = question_states(self.base.eval(), self.backbone, items)
-        memories = [handed_on(method, run.folder / "stages" / name) for name in names]
+        asked = run.questions[task]
+        names = self.routes(run, holder, (self.item(asked, number) for number in todo))
         chosen = defaultdict(list)
-        for number, place in zip(todo, method.route(states, memories), strict=True):
-            chosen[names[place]].append(number)
+        for number, name in zip(todo, names, strict=True):
+            chosen[name].append(number)
         return dict(chosen)
+
+    def routes(self, run: EvaluatedRun, holder: str, items: Iterable[dict[str, torch.Tensor]]) -> list[str]:
+        """The stage, of those up to `holder`, whose parameters answer each question, by a method that routes."""
+        method = METHODS[run.recipe.method.method](run.recipe.settings)
+        names = [stage.name for stage in run.stages]
+        names = names[: names.index(holder) + 1]
+        memories = [handed_on(method, run.folder / "stages" / name) for name in names]
+        states = question_states(self.base.eval(), self.backbone, items)
+        return [names[place] for place in method.route(states, memories)]
 
 
 def answer_share(runs: Sequence[EvaluatedRun], rank: int, world: int, batch_size: int | None = None) -> None:

@@ -25,9 +25,11 @@ import yaml
 from data.benchmark import open_benchmark
 from eval.intervals import differences
 from eval.metrics import TEXT_KEYS
+from eval.page import tables_page
 from eval.predict import CELLS, EvaluatedRun, open_run
-from eval.report import answer, baseline, draw, score_run, write_table
+from eval.report import answer, draw, write_table
 from eval.run_statistics import blind_notes, costs, fallback_notes, format_notes, run_statistics, scoring_notes
+from eval.scored import baseline, score_run
 from eval.tables import ALL_METRICS, TABLE_METRICS, Row, method_row, results_table
 from eval.tasks import MODES
 from llaca import machine
@@ -176,6 +178,7 @@ def table(
         (options.out / "differences.md").write_text(differences(behind, pairs, runs, shown), encoding="utf-8")
     if len({tuple(run.tasks) for run in every}) == 1:
         draw(runs, metrics, options.out)
+    tables_page(found, runs, metrics, options.out)
     print(f"\n{found.text()}\nTables (txt, md, csv, tex) and figures: {options.out}")
     print(f"{seconds / 60:.1f} minutes of training in this call")
     return found.text()

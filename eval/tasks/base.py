@@ -52,6 +52,10 @@ class Task(TaskFiles):
         """Whether the benchmark counts this question at all."""
         return True
 
+    def right_answer(self, reference: Any) -> str:
+        """What a reference says, for a reader."""
+        return reference.answer
+
     # --- the released evaluators ---
 
     def legacy_scores(self, rows: Sequence[Mapping[str, Any]], references: Mapping[str, Any]) -> list[float | None]:
@@ -124,6 +128,12 @@ class OpenQuestionTask(OpenFiles, Task):
         if reference.annotators:
             return self.consensus(text, reference.annotators)
         return float(same(text, reference.answer))
+
+    def right_answer(self, reference: Answer) -> str:
+        """With annotators all that several of them say, and how many do."""
+        counts = Counter(reference.annotators).most_common()
+        several = [f"{answer} ({count} of {len(reference.annotators)})" for answer, count in counts if count > 1]
+        return ", ".join(several) or reference.answer
 
     def legacy(self, text: str, reference: Answer) -> float:
         return float(text.upper() == reference.answer.upper())

@@ -33,6 +33,9 @@ class MultipleChoice(ChoiceFiles, Task):
     def lenient(self, text: str, reference: Options) -> float:
         return float(meant_option(text, reference) == reference.answer)
 
+    def right_answer(self, reference: Options) -> str:
+        return f"{LETTERS[reference.answer]}. {reference.choices[reference.answer]}".removesuffix(". ")
+
     def has_form(self, text: str, reference: Options) -> bool:
         return text.strip() in LETTERS[: len(reference.choices)] and len(text.strip()) == 1
 

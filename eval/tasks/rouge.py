@@ -34,5 +34,8 @@ class RougeL(TextFiles, Task):
     def lenient(self, text: str, reference: tuple[str, ...]) -> float:
         return rouge_l(text, reference)
 
+    def right_answer(self, reference: tuple[str, ...]) -> str:
+        return " | ".join(reference)
+
     def has_form(self, text: str, reference: tuple[str, ...]) -> bool:
         return bool(text.strip())
