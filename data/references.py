@@ -372,6 +372,7 @@ FILES: dict[str, type[TaskFiles]] = {
     "choice": ChoiceFiles,
     "box": BoxFiles,
     "rouge": TextFiles,
+    "exact": TextFiles,
 }
 
 

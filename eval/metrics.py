@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 KEYS = ("Avg.ACC", "Forgetting", "New.ACC", "MAA", "BWT")
+RETAINED_KEYS = ("Retained", "Retained (base)", "Retained loss", "Retained loss (base)")
 TEXT_KEYS = ("AR", "FWT (no base)", "BWT (T-1)")  # of text streams: Table 8's AR, FWT and BWT
 DEFINITIONS = {
     "Avg.ACC": "mean accuracy over all tasks after the last stage; higher is better",
@@ -24,6 +25,11 @@ DEFINITIONS = {
     "(accuracy after the task's own stage) (CoIN); negative is forgetting",
     "FWT": "mean over all tasks but the first of (accuracy right before the task's own stage) - (accuracy of the base "
     "model); higher is better",
+    "Retained": "mean accuracy, after the last stage, over the tasks of the benchmark that says what the base can do, "
+    "which no stage trains; higher is better",
+    "Retained (base)": "that of the base, before any stage",
+    "Retained loss": "mean nats a token of the benchmark's texts, after the last stage; lower is better",
+    "Retained loss (base)": "that of the base, before any stage",
     "AR": "mean ROUGE-L over all tasks after the last stage; higher is better",
     "FWT (no base)": "mean over all tasks but the first of the ROUGE-L right before the task's own stage (Table 8's "
     "FWT, from which nothing is subtracted); higher is better",

@@ -31,6 +31,7 @@ from data.cache import cache_folder, make_once
 from eval.answered import Answered, answered
 from eval.metrics import DEFINITIONS
 from eval.predict import EvaluatedRun, arguments, chosen_runs
+from eval.retained import matrix_of
 from eval.run_statistics import stories
 from eval.scored import baseline, beta_traces, method_label, output_folder
 from eval.tables import Table
@@ -99,7 +100,12 @@ def run_page(run: EvaluatedRun, metrics: dict[str, Any], majority: dict[str, flo
     pictures, numbers = embedded_pictures(tests, shown, rows)
     tasks = [task_data(one, own, numbers) for one, own in zip(tests, shown, strict=True)]
     traces = beta_traces(run)
-    charts = {"curves": curves(run, tests, rows), "beta": beta_chart(traces)}
+    kept = matrix_of(run)
+    charts = {
+        "curves": line_chart(accuracies(run, tests, rows), "task"),
+        "beta": beta_chart(traces),
+        "retained": None if kept is None else line_chart(kept, "skill"),
+    }
     told, stream = stories(run), run.recipe.stream
     environment = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
     content = {
@@ -126,6 +132,9 @@ def run_page(run: EvaluatedRun, metrics: dict[str, Any], majority: dict[str, flo
         matrix=matrix_rows(run, tests, rows),
         majority=[f"{majority[task]:.1f}" for task in run.tasks],
         has_beta=charts["beta"] is not None,
+        kept=[]
+        if kept is None
+        else [(name, f"{column.iloc[0]:.1f}", f"{column.iloc[-1]:.1f}") for name, column in kept.items()],
         groups=group_rows(run),
         similarities=[
             {"stage": story["stage"], "scores": ", ".join(f"{value:.2f}" for value in story["similarity"])}
@@ -273,19 +282,19 @@ def matrix_rows(run: EvaluatedRun, tests: Sequence[Answered], rows: Sequence[dic
     ]
 
 
-def curves(run: EvaluatedRun, tests: Sequence[Answered], rows: Sequence[dict]) -> dict[str, Any]:
-    """A Vega-Lite chart of every task's accuracy over the stages."""
-    found = accuracies(run, tests, rows)
+def line_chart(found: pd.DataFrame, what: str) -> dict[str, Any]:
+    """A Vega-Lite chart of percentages [stages, columns], a line a column, which is a `what`."""
     values = [
-        {"stage": stage, "task": task, "accuracy": round(float(value), 2)}
+        {"stage": stage, what: name, "accuracy": round(float(value), 2)}
         for stage, cells in found.iterrows()
-        for task, value in cells.items()
+        for name, value in cells.items()
         if not np.isnan(value)
     ]
-    hover = {"on": "pointerover", "type": "point", "fields": ["task"], "clear": "pointerout"}
+    hover = {"on": "pointerover", "type": "point", "fields": [what], "clear": "pointerout"}
+    scheme = "tableau10" if found.shape[1] <= 10 else "tableau20"
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
-        "description": "Accuracy in percent on every task after every stage; the table above has the same numbers.",
+        "description": f"Accuracy in percent of every {what} after every stage.",
         "data": {"values": values},
         "width": "container",
         "height": 300,
@@ -295,10 +304,11 @@ def curves(run: EvaluatedRun, tests: Sequence[Answered], rows: Sequence[dict]) -
             "x": {"field": "stage", "type": "ordinal", "sort": list(found.index), "title": "After stage",
                   "axis": {"labelAngle": -30}},
             "y": {"field": "accuracy", "type": "quantitative", "scale": {"domain": [0, 100]}, "title": "Accuracy, %"},
-            "color": {"field": "task", "type": "nominal", "sort": list(found.columns), "title": "Task"},
+            "color": {"field": what, "type": "nominal", "sort": list(found.columns), "title": what.capitalize(),
+                      "scale": {"scheme": scheme}},
             "opacity": {"condition": {"param": "hover", "value": 1, "empty": True}, "value": 0.15},
             "tooltip": [{"field": name, "type": kind} for name, kind in
-                        (("task", "nominal"), ("stage", "nominal"), ("accuracy", "quantitative"))],
+                        ((what, "nominal"), ("stage", "nominal"), ("accuracy", "quantitative"))],
         },
     }  # fmt: skip
 

@@ -24,11 +24,13 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import yaml
 from tqdm import tqdm
 
+from data.benchmark import open_benchmark
 from eval.questions import Questions, run_questions
 from eval.tasks import task_of
 from llaca import ranks
@@ -36,6 +38,7 @@ from llaca.config import Recipe
 from llaca.folders import handed_on
 from llaca.methods import METHODS
 from llaca.pool import Pool
+from llaca.sections import StreamConfig
 from llaca.stream import Stage, ordered, stages_of, write_atomically
 from llava.adapters import load_adapter
 from llava.backbones import load_base
@@ -92,13 +95,17 @@ class EvaluatedRun:
         """The questions of every task that this run answers, shared with the other runs that ask them."""
         return run_questions(self.recipe, self.split)
 
+    def instructions(self, task: str) -> list[str]:
+        """What chooses the parameters that answer a test set."""
+        return self.questions[task].wordings(self.recipe.method.grouping)
+
     @cached_property
     def rows(self) -> list[Row]:
         """The rows of the accuracy matrix as far as `cells` asks for them; with `full`, BASE's first."""
         if not self.trains:
             return [(BASE, dict.fromkeys(self.tasks, BASE))]
-        rows, seen, grouping = [], [], self.recipe.method.grouping
-        instructions = {task: asked.wordings(grouping) for task, asked in self.questions.items()}
+        rows, seen = [], []
+        instructions = {task: self.instructions(task) for task in self.tasks}
         for stage in self.stages:
             seen += stage.tasks
             pool = Pool.from_json((stage.folder / "codebook.json").read_text(encoding="utf-8"))
@@ -147,6 +154,33 @@ def open_run(folder: Path, split: str = "test", cells: str = "triangle") -> Eval
     method = METHODS[recipe.method.method]
     stages = [stage for stage in stages_of(recipe, method.joint, folder) if stage.done] if method.trains else []
     return EvaluatedRun(folder, recipe, stages, split, cells)
+
+
+@dataclass
+class RetainedRun(EvaluatedRun):
+    """A run as it answers another benchmark's test sets, which no stage trains: the base and every stage, each of them
+    by the parameters that the first INSTRUCTIONS of their instructions choose."""
+
+    INSTRUCTIONS: ClassVar[int] = 20
+
+    @property
+    def answers(self) -> Path:
+        return self.folder / "answers-retained"
+
+    def instructions(self, task: str) -> list[str]:
+        return super().instructions(task)[: self.INSTRUCTIONS]
+
+
+def retained(run: EvaluatedRun, root: str | None = None) -> RetainedRun | None:
+    """The run on the benchmark `root`, without it on what its recipe calls `retained`; None where there is none, or
+    nothing is trained. Raises FileNotFoundError if that is no folder."""
+    root = root or run.recipe.run.retained
+    if not root or not run.trains:
+        return None
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"retained: {root} is no folder: make it, or name another with --retained")
+    stream = StreamConfig(data_root=root, tasks=list(open_benchmark(root).tasks))
+    return RetainedRun(run.folder, replace(run.recipe, stream=stream), run.stages, "test", "full")
 
 
 class Answerer:
@@ -339,6 +373,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cells", choices=CELLS, default="triangle", help="of the accuracy matrix")
     batch = "questions answered at once by one process; default: what the GPU's free memory holds, without a GPU 64"
     parser.add_argument("--batch-size", type=int, help=batch)
+    parser.add_argument(
+        "--retained", metavar="DIR", help="measure what stays of the base on this benchmark; default: the recipe's"
+    )
 
 
 def chosen_runs(options: argparse.Namespace) -> list[EvaluatedRun]:
@@ -353,10 +390,13 @@ def main() -> None:
     """Command line of one process of several: answers its share; the first puts the files together."""
     parser = argparse.ArgumentParser(prog="python -m eval.predict", description=__doc__.splitlines()[0])
     arguments(parser)
+    parser.add_argument("--only-retained", action="store_true", help="that alone")
     options = parser.parse_args()
     ranks.start(patience=timedelta(days=2))  # who is done waits for the slowest
     try:
         runs = chosen_runs(options)
+        if options.only_retained:
+            runs = [kept for run in runs if (kept := retained(run, options.retained))]
         answer_share(runs, ranks.rank(), ranks.count(), options.batch_size)
         ranks.wait()
         if ranks.first():

@@ -27,7 +27,8 @@ from eval.figures import (
     beta_over_steps,
 )
 from eval.page import run_page, tables_page
-from eval.predict import EvaluatedRun, answer_share, arguments, chosen_runs, merge_parts
+from eval.predict import EvaluatedRun, RetainedRun, answer_share, arguments, chosen_runs, merge_parts, retained
+from eval.retained import score_retained
 from eval.run_statistics import (
     blind_notes,
     fallback_notes,
@@ -146,7 +147,8 @@ def main(given: list[str] | None = None) -> None:
 
 
 def answer(runs: list[EvaluatedRun], options: argparse.Namespace) -> None:
-    """Fills the answer files that are missing, with several processes where there is work for them."""
+    """Fills the answer files that are missing, with several processes where there is work for them. The runs are all
+    RetainedRuns, or none of them is."""
     cells = [(run, task) for run in runs for _, task in run.missing()]
     questions = sum(len(run.questions[task]) for run, task in cells)
     if not cells:
@@ -166,6 +168,8 @@ def answer(runs: list[EvaluatedRun], options: argparse.Namespace) -> None:
     line += ["-m", "--", "eval.predict"]
     line += ["--runs-dir", str(options.runs_dir), "--run", *[run.name for run in runs]]
     line += ["--split", options.split, "--cells", options.cells]
+    if isinstance(runs[0], RetainedRun):
+        line += ["--only-retained", *(["--retained", options.retained] if options.retained else [])]
     line += ["--batch-size", str(options.batch_size)] if options.batch_size else []
     if status := subprocess.call(line):
         sys.exit(status)
@@ -182,8 +186,12 @@ def report(options: argparse.Namespace) -> None:
         if run.complete or run.stages:
             runs.append(run)
     answer(runs, options)
+    kept = {run.name: own for run in runs if (own := retained(run, options.retained))}
+    answer(list(kept.values()), options)
     for run in runs:
         metrics[run.name] = score_run(run)
+        if run.name in kept and run.complete:
+            metrics[run.name] |= score_retained(kept[run.name])
         if not run.complete:
             run_page(run, {}, baseline(run)[0])
     tables: dict[tuple, list[EvaluatedRun]] = defaultdict(list)

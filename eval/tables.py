@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eval.metrics import DEFINITIONS, TEXT_KEYS, check_matrix, summarise
+from eval.metrics import DEFINITIONS, RETAINED_KEYS, TEXT_KEYS, check_matrix, summarise
 from eval.tasks import TASKS
 
 PAPER_TABLE_1 = Path(__file__).parent / "paper" / "table1_llava7b.csv"
 TABLE_METRICS = ("Avg.ACC", "Forgetting", "New.ACC")
-ALL_METRICS = (*TABLE_METRICS, "FWT", *TEXT_KEYS)  # FWT only where a row has it: it needs the whole matrix
+ALL_METRICS = (*TABLE_METRICS, "FWT", *RETAINED_KEYS, *TEXT_KEYS)  # from FWT on only where a row has it
 BASELINE_LABEL = "Question-only majority"
 EMPTY = "-"
 _CSV_DIGITS = 10  # digits enough for every accuracy a test set can have, few enough to hide binary noise
@@ -183,7 +183,8 @@ def results_table(rows: Sequence[Row], baseline: Mapping[str, float], paper: boo
         if differing := sorted(set(row.mean) ^ {*tasks, *ALL_METRICS}):
             raise ValueError(f"{row.label}: differs from the baseline's tasks in {', '.join(differing)}")
     told = {metric for metric in ALL_METRICS if any(row.mean[metric] is not None for row in rows)}
-    metrics = TEXT_KEYS if "AR" in told else [m for m in ALL_METRICS if m in TABLE_METRICS or m in told]
+    usual = TEXT_KEYS if "AR" in told else (*TABLE_METRICS, "FWT")
+    metrics = [m for m in (*usual, *RETAINED_KEYS) if m in (*TABLE_METRICS, *TEXT_KEYS) or m in told]
     return Table(tuple(lines), (*tasks, *metrics), table_notes(rows, metrics))
 
 

@@ -16,7 +16,7 @@ import torch
 from data.benchmark import open_benchmark
 from data.check import check_benchmark
 from data.mini import build as coin_mini
-from data.mini import fourfold
+from data.mini import fourfold, skills
 from data.mini import text_stream as dialog_mini
 from llaca import machine
 from llaca.config import DEFAULT_RECIPE, Recipe, load_recipe
@@ -33,6 +33,7 @@ DEFAULT_METHODS = ("lora", "llaca")
 GENERATED = {
     Path("data/coin_mini"): coin_mini,
     Path("data/coin_mini_fourfold"): fourfold,
+    Path("data/coin_mini_skills"): skills,
     Path("data/dialog_mini"): dialog_mini,
 }
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
@@ -150,8 +151,11 @@ def prepare_data(recipe: Recipe) -> None:
     Raises ValueError with the report of a check that fails, unless the recipe goes on unchecked.
     """
     stream, root = recipe.stream, Path(recipe.stream.data_root)
-    if root in GENERATED and not GENERATED[root].is_built(root):
-        GENERATED[root].build(root)
+    for folder in (root, Path(recipe.run.retained)):
+        if folder in GENERATED and not GENERATED[folder].is_built(folder):
+            GENERATED[folder].build(folder)
+    if recipe.run.retained and not Path(recipe.run.retained).is_dir():
+        raise FileNotFoundError(f"{recipe.run.retained} is no folder: correct retained, or lay the benchmark there")
     if not Path(stream.data_root).is_dir():
         raise FileNotFoundError(f"{stream.data_root} is no folder: correct data_root, or lay the benchmark there")
     lengths = {task: recipe.for_stage((task,)).max_length for task in stream.tasks}

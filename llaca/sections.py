@@ -133,6 +133,9 @@ class RunConfig:
     expected_minutes: float = setting(
         0.0, "minutes that one run takes on the recipe's hardware, told before it starts", least=0
     )
+    retained: str = setting(
+        "", "folder of a benchmark whose test sets say what the base can do and what stays of it; empty: not measured"
+    )
     logging_steps: int = setting(10, "optimizer steps between two lines of train_log.jsonl", least=1)
     save_steps: int = setting(
         0, "optimizer steps between two checkpoints inside a stage; 0: one only when SIGTERM or SIGINT asks", least=0

@@ -36,7 +36,8 @@ from llaca.config import Recipe
 from llaca.engines.zero import deepspeed_file
 
 BASE_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
-NO_MATTER = ("runs_dir", "report_to", "loader_workers", "expected_minutes", "save_steps", "beta_trace")  # to the result
+# to the result
+NO_MATTER = ("runs_dir", "report_to", "loader_workers", "expected_minutes", "save_steps", "beta_trace", "retained")
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from data.benchmark import open_benchmark
 from eval.intervals import differences
 from eval.metrics import TEXT_KEYS
 from eval.page import tables_page
-from eval.predict import CELLS, EvaluatedRun, open_run
+from eval.predict import CELLS, EvaluatedRun, open_run, retained
 from eval.report import answer, draw, write_table
+from eval.retained import score_retained
 from eval.run_statistics import blind_notes, costs, fallback_notes, format_notes, run_statistics, scoring_notes
 from eval.scored import baseline, score_run
 from eval.tables import ALL_METRICS, TABLE_METRICS, Row, method_row, results_table
@@ -152,6 +153,10 @@ def table(
     every = [run for own in runs.values() for run in own]
     answer(every, options)
     metrics = {run.name: score_run(run) for run in every}
+    kept = {run.name: own for run in every if (own := retained(run, options.retained))}
+    answer(list(kept.values()), options)
+    for name, own in kept.items():
+        metrics[name] |= score_retained(own)
     stream, split = every[0].recipe.stream, every[0].split
     printed, rows = printed_rows(study, stream.tasks), []
     for label, own in runs.items():
@@ -206,6 +211,7 @@ def main(given: list[str] | None = None) -> None:
     batch = "questions answered at once by one process; default: what the GPU's free memory holds, without a GPU 64"
     parser.add_argument("--eval-batch-size", dest="batch_size", type=int, help=batch)
     parser.add_argument("--cells", choices=CELLS, default="triangle", help="of the accuracy matrix")
+    parser.add_argument("--retained", metavar="DIR", help="measure what stays of the base on this benchmark, too")
     rest = sys.argv[1:] if given is None else list(given)
     name = parser.parse_known_args(rest)[0].study
     rest.remove(name)

@@ -6,6 +6,7 @@ from data.benchmark import COIN, Benchmark, open_benchmark
 from data.references import files_of
 from eval.tasks.base import MODES, OpenQuestionTask, Task
 from eval.tasks.choice import MultipleChoice
+from eval.tasks.exact import ExactText
 from eval.tasks.gqa import GQA
 from eval.tasks.grounding import Grounding
 from eval.tasks.imagenet import ImageNet
@@ -30,6 +31,7 @@ SCORING: dict[str, type[Task]] = {
     "choice": MultipleChoice,
     "box": Grounding,
     "rouge": RougeL,
+    "exact": ExactText,
 }
 
 

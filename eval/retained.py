@@ -1,0 +1,93 @@
+"""What stays of what the base could do before the stream: the benchmark that a recipe calls `retained`, stage by stage.
+
+    retained/matrix.csv      accuracy in percent of the base and after every stage [base and stages, tasks]
+    retained/loss.csv        nats a token of each text file (*.txt) of the folder, in the same rows
+
+Tasks are scored by their official rules. A text's loss is that of every token but the first of a window of LENGTH
+tokens, given those before it in the window: labels are shifted once. The base's is taken without an adapter. With
+groups, the base's instructions choose whose parameters answer, as those of a test set do; a text, which has none, is
+read by the parameters that the stage itself left.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from eval.predict import BASE, Answerer, EvaluatedRun, RetainedRun
+from eval.score import QuestionSet, read_answers, score_task
+from llava.backbone import Backbone
+from llava.generate import Decoder
+
+LENGTH = 512
+COLUMNS = ("Retained", "Retained loss")  # of a table
+
+
+def score_retained(kept: RetainedRun) -> dict[str, float | None]:
+    """Scores the answers, reads the texts and writes both matrices; the figures of COLUMNS, and the base's."""
+    folder = kept.folder / "retained"
+    folder.mkdir(exist_ok=True)
+    tasks, rows, known = kept.tasks, dict(kept.rows), {}
+    found = pd.DataFrame(np.nan, index=list(rows), columns=tasks)
+    for stage, holders in rows.items():
+        for task, holder in holders.items():
+            if (holder, task) not in known:
+                questions = QuestionSet(kept.recipe.stream.data_root, task)
+                known[holder, task] = score_task(read_answers(kept.answer_file(holder, task)), questions)
+            found.loc[stage, task] = known[holder, task].accuracy["official"]
+    found.to_csv(folder / "matrix.csv", index_label="stage", float_format="%.10g")
+    means = found.mean(axis=1)
+    told = {"Retained": float(means.iloc[-1]), "Retained (base)": float(means[BASE])}
+    if (losses := text_losses(kept)) is not None:
+        losses.to_csv(folder / "loss.csv", index_label="stage", float_format="%.10g")
+        means = losses.mean(axis=1)
+        told |= {"Retained loss": float(means.iloc[-1]), "Retained loss (base)": float(means[BASE])}
+    return told
+
+
+def text_losses(kept: RetainedRun) -> pd.DataFrame | None:
+    """Nats a token of each text of the folder [base and stages, texts]; None without texts. What was read before is not
+    read again."""
+    texts = sorted(Path(kept.recipe.stream.data_root).glob("*.txt"))
+    if not texts:
+        return None
+    path = kept.folder / "retained" / "loss.csv"
+    found = pd.read_csv(path, index_col="stage") if path.is_file() else pd.DataFrame()
+    found = found.reindex(index=[stage for stage, _ in kept.rows], columns=[text.stem for text in texts])
+    answerer = None
+    for stage in found.index[found.isna().any(axis=1)]:
+        answerer = answerer or Answerer(kept)
+        model = answerer.model(kept, stage)
+        for text in texts:
+            found.loc[stage, text.stem] = token_loss(model, answerer.backbone, text.read_text(encoding="utf-8"))
+        del model
+    return found
+
+
+@torch.no_grad()
+def token_loss(model: nn.Module, backbone: Backbone, text: str) -> float:
+    """Mean nats of a text's tokens but the first of every window of LENGTH. Raises ValueError for an encoder-decoder,
+    which reads no text by itself, and for a text of fewer than two tokens."""
+    if backbone.generates:
+        raise ValueError("retained: an encoder-decoder has no loss of a text by itself; leave the .txt files out")
+    ids = backbone.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise ValueError(f"retained: a text of {len(ids)} tokens has no loss; give a longer one")
+    total, count = 0.0, 0
+    with Decoder(model.eval(), backbone, 1).precision():
+        for begin in range(0, len(ids), LENGTH):
+            window = torch.tensor([ids[begin : begin + LENGTH]], device=model.device)
+            if window.shape[1] > 1:
+                logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()
+                total += cross_entropy(logits, window[0, 1:], reduction="sum").item()
+                count += window.shape[1] - 1
+    return total / count
+
+
+def matrix_of(run: EvaluatedRun) -> pd.DataFrame | None:
+    """Accuracy of the base and after every stage, as `score_retained` wrote it; None where it did not."""
+    path = run.folder / "retained" / "matrix.csv"
+    return pd.read_csv(path, index_col="stage") if path.is_file() else None
