@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.metrics import check_matrix, forward_transfer, summarise, text_figures
+from eval.metrics import KEYS, check_matrix, forward_transfer, summarise, text_figures
 
+METRICS = Path(__file__).parents[1] / "docs" / "METRICS.md"
 PAPER = Path(__file__).parents[1] / "eval" / "paper" / "table1_llava7b.csv"
 NAN = float("nan")
 
@@ -114,3 +115,14 @@ def test_matrices_that_are_none_are_refused(A, message):
 def test_columns_must_fit_the_tasks():
     with pytest.raises(ValueError, match="2 columns"):
         summarise(np.array([[10.0, 20.0]]), ["a"])
+
+
+def test_the_documents_row_of_one_matrix():
+    """docs/METRICS.md, beside other libraries' numbers."""
+    A = np.array([[80.0, 40, 10, 95], [60, 70, 30, 20], [90, 50, 60, 30], [85, 40, 75, 50]])
+    below = np.where(np.tri(4, dtype=bool), A, np.nan)
+    figures = summarise(below, list("abcd"))
+    told = (figures["Forgetting"], figures["BWT"], forward_transfer(A, np.array([0.0, 20, 20, 10])))
+    row = next(line for line in METRICS.read_text().splitlines() if line.startswith("| here |"))
+    assert row.split("|")[2:5] == [f" {value:.2f} " for value in told]
+    assert all(f"| {name} |" in METRICS.read_text() for name in (*KEYS, "FWT"))
