@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval.predict import Answerer, EvaluatedRun, open_run
+from eval.predict import Answerer
+from eval.runs import EvaluatedRun, open_run
 from llaca.methods import METHODS
 from llava.adapters import load_adapter
 from llava.generate import answer_batches

@@ -37,7 +37,8 @@ from transformers import (
 )
 
 from data.mini.build import build, is_built
-from eval.predict import Answerer, open_run
+from eval.predict import Answerer
+from eval.runs import open_run
 from llaca.config import load_recipe
 from llaca.train import run
 from llava.backbones import open_backbone

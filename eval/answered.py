@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from eval.predict import EvaluatedRun
+from eval.runs import EvaluatedRun
 from eval.score import read_answers
 from eval.scored import output_folder
 from eval.tasks import MODES, task_of

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 
 from data.records import IMAGE, instruction_of
-from eval.predict import BASE, Answerer, EvaluatedRun, open_run
+from eval.predict import Answerer
+from eval.runs import BASE, EvaluatedRun, open_run
 from eval.tasks import task_of
 from llaca.methods import METHODS
 from llaca.pool import Pool

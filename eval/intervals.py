@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from eval.predict import EvaluatedRun
+from eval.runs import EvaluatedRun
 from eval.scored import output_folder
 
 LEVEL = 0.95

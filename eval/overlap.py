@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from data.benchmark import image_root
-from eval.predict import EvaluatedRun, arguments, chosen_runs
+from eval.runs import EvaluatedRun, arguments, chosen_runs
 from eval.score import training_turns
 from eval.scored import method_label, output_folder, question_set
 from eval.tables import read_matrix

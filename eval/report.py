@@ -27,7 +27,7 @@ from eval.figures import (
     beta_over_steps,
 )
 from eval.page import run_page, tables_page
-from eval.predict import EvaluatedRun, RetainedRun, answer_share, arguments, chosen_runs, merge_parts, retained
+from eval.predict import answer_share, merge_parts
 from eval.retained import score_retained
 from eval.run_statistics import (
     blind_notes,
@@ -36,6 +36,7 @@ from eval.run_statistics import (
     run_statistics,
     scoring_notes,
 )
+from eval.runs import EvaluatedRun, RetainedRun, arguments, chosen_runs, retained
 from eval.scored import baseline, beta_traces, method_label, output_folder, score_run
 from eval.tables import Table, method_row, read_matrix, results_table
 from eval.tasks import MODES
@@ -187,7 +188,8 @@ def report(options: argparse.Namespace) -> None:
             runs.append(run)
     answer(runs, options)
     kept = {run.name: own for run in runs if (own := retained(run, options.retained))}
-    answer(list(kept.values()), options)
+    if kept:
+        answer(list(kept.values()), options)
     for run in runs:
         metrics[run.name] = score_run(run)
         if run.name in kept and run.complete:

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from eval.predict import BASE, Answerer, EvaluatedRun, RetainedRun
+from eval.predict import Answerer
+from eval.runs import BASE, EvaluatedRun, RetainedRun
 from eval.score import QuestionSet, read_answers, score_task
 from llava.backbone import Backbone
 from llava.generate import Decoder

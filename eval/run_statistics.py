@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from eval.metrics import KEYS, TEXT_KEYS
-from eval.predict import EvaluatedRun
+from eval.runs import EvaluatedRun
 from eval.score import Majority
 
 

@@ -10,8 +10,8 @@ import pandas as pd
 
 from eval.figures import accuracy_heatmap
 from eval.metrics import forward_transfer, text_figures
-from eval.predict import BASE, EvaluatedRun
 from eval.run_statistics import majority_notes, stories
+from eval.runs import BASE, EvaluatedRun
 from eval.score import QuestionSet, TaskScore, majority_score, read_answers, score_task
 from eval.tables import write_matrix, write_metrics
 from eval.tasks import MODES, task_of

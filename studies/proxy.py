@@ -27,7 +27,8 @@ import yaml
 
 from data.benchmark import open_benchmark
 from data.records import IMAGE, load_samples, read_list
-from eval.predict import answer_share, merge_parts, open_run
+from eval.predict import answer_share, merge_parts
+from eval.runs import open_run
 from eval.scored import score_run
 from eval.tasks import task_of
 from eval.tasks.grounding import Grounding

@@ -26,10 +26,10 @@ from data.benchmark import open_benchmark
 from eval.intervals import differences
 from eval.metrics import TEXT_KEYS
 from eval.page import tables_page
-from eval.predict import CELLS, EvaluatedRun, open_run, retained
 from eval.report import answer, draw, write_table
 from eval.retained import score_retained
 from eval.run_statistics import blind_notes, costs, fallback_notes, format_notes, run_statistics, scoring_notes
+from eval.runs import CELLS, EvaluatedRun, open_run, retained
 from eval.scored import baseline, score_run
 from eval.tables import ALL_METRICS, TABLE_METRICS, Row, method_row, results_table
 from eval.tasks import MODES
@@ -154,7 +154,8 @@ def table(
     answer(every, options)
     metrics = {run.name: score_run(run) for run in every}
     kept = {run.name: own for run in every if (own := retained(run, options.retained))}
-    answer(list(kept.values()), options)
+    if kept:
+        answer(list(kept.values()), options)
     for name, own in kept.items():
         metrics[name] |= score_retained(own)
     stream, split = every[0].recipe.stream, every[0].split

@@ -12,8 +12,8 @@ from test_llaca_train import mini  # noqa: F401
 
 from eval.intervals import differences, over_questions, over_seeds
 from eval.overlap import answer_overlap, correlation, kept
-from eval.predict import EvaluatedRun
 from eval.run_statistics import blind_notes
+from eval.runs import EvaluatedRun
 from eval.tasks import task_of
 from llaca.config import load_recipe
 

@@ -11,8 +11,8 @@ from test_llaca_train import arguments, mini  # noqa: F401
 
 from eval.ask import Asker, main
 from eval.page import data_url, embedded, run_page
-from eval.predict import open_run
 from eval.report import main as report
+from eval.runs import open_run
 from eval.scored import baseline
 from llaca.config import load_recipe
 from llaca.train import run

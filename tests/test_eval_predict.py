@@ -17,8 +17,9 @@ import yaml
 
 from data.mini import build
 from eval.metrics import forward_transfer
-from eval.predict import BASE, Answerer, answer_share, merge_parts, open_run, share_of
+from eval.predict import Answerer, answer_share, merge_parts, share_of
 from eval.report import main as report
+from eval.runs import BASE, open_run
 from eval.score import QuestionSet, legacy_accuracy, read_answers
 from llaca.config import load_recipe
 from llaca.train import run

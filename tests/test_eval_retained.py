@@ -12,9 +12,10 @@ from test_llaca_train import arguments, mini  # noqa: F401
 from data.mini import skills
 from data.mini.folder import STAMP
 from eval import retained as module
-from eval.predict import Answerer, open_run, retained
+from eval.predict import Answerer
 from eval.report import main as report
 from eval.retained import token_loss
+from eval.runs import open_run, retained
 from eval.tasks import task_of
 from llaca.config import load_recipe
 from llaca.train import run

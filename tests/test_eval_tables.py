@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from eval.metrics import summarise
-from eval.predict import EvaluatedRun
 from eval.report import by_method
+from eval.runs import EvaluatedRun
 from eval.tables import (
     PAPER_TABLE_1,
     method_row,

@@ -13,7 +13,7 @@ from scipy.special import rel_entr, softmax
 from test_llaca_train import TASKS, adapters, arguments, mini  # noqa: F401
 
 from data.records import load_samples
-from eval.predict import open_run
+from eval.runs import open_run
 from llaca.config import load_recipe
 from llaca.engines.shards import Layout, TensorSlice
 from llaca.fisher import diagonal_fisher

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from test_llaca_methods import layout_of, method_of, moved, view  # noqa: F401
 from test_llaca_train import adapters, arguments, mini  # noqa: F401
 
-from eval.predict import answer_share, merge_parts, open_run
+from eval.predict import answer_share, merge_parts
+from eval.runs import open_run
 from llaca import second_moments as moments
 from llaca.config import load_recipe
 from llaca.methods import model_tailor

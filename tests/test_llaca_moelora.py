@@ -13,8 +13,9 @@ from test_llaca_train import adapters, arguments, mini  # noqa: F401
 from test_llava_adapters import scrambled
 
 from data.records import load_samples
-from eval.predict import Answerer, open_run
+from eval.predict import Answerer
 from eval.report import main as report
+from eval.runs import open_run
 from eval.tables import read_matrix
 from llaca.config import load_recipe
 from llaca.methods import METHODS
