@@ -28,6 +28,7 @@ from eval.figures import (
 )
 from eval.page import run_page, tables_page
 from eval.predict import answer_share, merge_parts
+from eval.published import publish
 from eval.retained import score_retained
 from eval.run_statistics import (
     blind_notes,
@@ -87,6 +88,7 @@ def summary(runs: list[EvaluatedRun], metrics: dict[str, dict], out: Path, paper
     draw(methods, metrics, out)
     for run in runs:
         run_page(run, metrics[run.name], majority)
+        publish(run, metrics[run.name])
     tables_page(table, methods, metrics, out)
     return table.text()
 

@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -35,17 +34,22 @@ from llaca.stream import (
     stages_of,
     write_atomically,
 )
+from llaca.tracking import Tracker, tell_again, tracker_of
 from llava.dataset import InstructionDataset
+
+TOLD = ("seconds", "samples", "peak_memory_bytes")  # to the tracker, of a stage
 
 
 class Run:
     """A recipe's run. Every process of it makes one; `train` trains what is not done.
 
     recipe, method, folder; stages: in the order of the stream; records: by task. While it trains, adapted: the model,
-    and datasets: every stage's own, by task.
+    datasets: every stage's own, by task, and tracker: where else its figures go.
     """
 
     adapted: AdaptedModel | None = None
+    tracker: Tracker
+    made: int  # optimizer steps of the stages that are done
     datasets: dict[str, InstructionDataset]
 
     def __init__(self, recipe: Recipe):
@@ -85,28 +89,32 @@ class Run:
                 if stage.done:
                     tidy(stage)
             if not all(self._done()):
-                self._walk(freeze)
+                self._walk(freeze, held)
         return self.folder
 
     def _done(self) -> list[bool]:
         """Which stages are done, as the first process sees it: another host may not see at once what was written."""
         return ranks.same([stage.done for stage in self.stages])
 
-    def _walk(self, freeze: Callable[[], Path]) -> None:
-        """Walk the stream, past the stages that are done; call `freeze` when nothing can refuse the run any more."""
+    def _walk(self, freeze: Callable[[], Path], held: ExitStack) -> None:
+        """Walk the stream, past the stages that are done; call `freeze` when nothing can refuse the run any more. What
+        `held` holds ends with the run."""
         wordings = stage_wordings(self.recipe, self.stages, self.records)
         self.adapted = load_adapted(self.recipe, self.records, self.method)
         features = self.adapted.features
         self.datasets = stage_datasets(self.recipe, self.stages, self.records, self.adapted.backbone)
         pool, total = self._empty_pool(), sum(map(self.steps, self.stages))
         hosts.together(freeze)
+        self.tracker, self.made = tracker_of(self.recipe, self.folder) if ranks.first() else Tracker(), 0
+        held.callback(self.tracker.finish)
         line = int(os.environ.get("LLACA_BAR", 0))  # of the terminal, where several runs share it
         name = self.recipe.run.run
         with tqdm(total=total, desc=name, unit="step", position=line, disable=not ranks.first()) as bar:
             for stage, done in zip(self.stages, self._done(), strict=True):
                 if done:
                     pool = Pool.from_json((stage.folder / "codebook.json").read_text(encoding="utf-8"))
-                    bar.update(json.loads((stage.folder / "stage.json").read_text(encoding="utf-8"))["steps"])
+                    tell_again(self.tracker, stage, stage.folder / "train_log.jsonl", self.made)
+                    bar.update(self._count(json.loads((stage.folder / "stage.json").read_text(encoding="utf-8"))))
                     continue
                 choice = pool.choose(wordings[stage.name])
                 hosts.together(partial(self._begin, stage, choice))
@@ -121,9 +129,15 @@ class Run:
                 pool.put(choice, wordings[stage.name], stage.task, stage.name)
                 if ranks.first():
                     self._finish(stage, report | {"environment": around} | self._went_in(stage), pool)
+                self._count(report)
                 ranks.wait()
                 if self.recipe.engine.zero != "none":
                     self._let_go()
+
+    def _count(self, report: dict) -> int:
+        """Counts the optimizer steps of a stage that is done; returns them."""
+        self.made += report["steps"]
+        return report["steps"]
 
     def _empty_pool(self) -> Pool:
         settings = self.recipe.method
@@ -158,8 +172,7 @@ class Run:
         report = report | {"handed_on": checksums(partial)}
         write_atomically(partial / "stage.json", json.dumps(report, indent=1) + "\n")
         write_atomically(partial / "codebook.json", pool.to_json())
-        if "wandb" in sys.modules:
-            sys.modules["wandb"].finish()  # the next stage is a run of its own in this group
+        self.tracker.tell(self.made + report["steps"], {f"stages/{stage.name}/{key}": report[key] for key in TOLD})
         seal(stage)
 
     def _let_go(self) -> None:

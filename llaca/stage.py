@@ -1,6 +1,5 @@
 """One stage in training: from the parameters that it starts with to the files that it leaves."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +42,7 @@ class StageTraining:
         """
         # These bring in PEFT and, where installed, bitsandbytes.
         from llaca.callbacks import Checkpoints, MethodCallback, StopOnSignal, latest, truncate_log
+        from llaca.tracking import TrackLog
         from llava.trainer import StepLog
 
         self._take_start()
@@ -68,6 +68,7 @@ class StageTraining:
             log = self.folder / "train_log.jsonl"
             truncate_log(log, int(checkpoint.name.split("-")[1]) if checkpoint else 0)
             trainer.add_callback(StepLog(bar, self.stage.name, log))
+            trainer.add_callback(TrackLog(self.run.tracker, self.stage, log, self.run.made))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stop.leave_if_stopped(self.folder)
         shards = callback.layout.shards()
@@ -134,15 +135,11 @@ class StageTraining:
             torch.save(self.method.memory(), self.folder / MEMORY)
 
     def _arguments(self):
-        """The recipe in transformers' words; where TensorBoard and W&B write is said by the environment."""
+        """The recipe in transformers' words."""
         from llava.trainer import training_arguments
 
         settings, run, cuda = self.settings, self.recipe.run, torch.cuda.is_available()
         zero = self.recipe.engine.zero
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.run.folder / "tensorboard" / self.stage.name)
-        os.environ.update(WANDB_DIR=str(self.run.folder), WANDB_RUN_GROUP=run.run)
-        os.environ.setdefault("WANDB_MODE", "offline")
-        os.environ.setdefault("WANDB_PROJECT", "llaca")
         return training_arguments(
             self.folder / TRAINER,
             per_device_train_batch_size=settings.batch_size,
@@ -162,7 +159,6 @@ class StageTraining:
             save_strategy="steps" if run.save_steps else "no",
             save_steps=run.save_steps or 1,
             deepspeed=None if zero == "none" else str(deepspeed_file(zero)),
-            report_to=run.report_to,
             run_name=f"{run.run}/{self.stage.name}",
             disable_tqdm=True,
             seed=self.seed,

@@ -370,11 +370,6 @@ def test_a_run_refuses_another_recipe_other_data_and_a_second_process(arguments,
         pass
 
 
-def test_tensorboard_files_outlive_the_stage(arguments):
-    folder = run(load_recipe([*arguments, "--method", "lora", "--tasks", "TextVQA", "--report_to", "tensorboard"]))
-    assert list((folder / "tensorboard" / "01-TextVQA").rglob("events.out.tfevents.*"))
-
-
 def test_report_of_a_run_that_is_not_complete(arguments, tmp_path, capsys):
     folder = run(load_recipe([*arguments, "--method", "lora"]))
     report(["--runs-dir", str(tmp_path / "runs")])

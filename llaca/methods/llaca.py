@@ -94,13 +94,15 @@ class LLaCA(Method):
         self.average.update(shards.sum(table), shards.parameters)
 
     def log(self) -> dict[str, float]:
-        """Over the steps since the last line: the median of beta and the share of tensor-steps that fell back."""
+        """Over the steps since the last line: quantiles of beta and the share of tensor-steps that fell back."""
         if self.average is None:
             return {}
         trace = self._trace()
         beta, fallback = trace.beta[self._told :], trace.fallback[self._told :]
         self._told = len(trace.beta)
-        return {"beta_median": float(np.median(beta)), "beta_fallback_share": float(fallback.mean())}
+        low, middle, high = np.quantile(beta, [0.05, 0.5, 0.95]).tolist()
+        share = float(fallback.mean())
+        return {"beta_q05": low, "beta_median": middle, "beta_q95": high, "beta_fallback_share": share}
 
     def after_task(self, shards: Shards, folder: Path) -> tuple[list[Tensor] | None, dict]:
         if self.average is None:
