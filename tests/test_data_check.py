@@ -247,7 +247,7 @@ def test_descriptions_that_cannot_be_followed_are_refused(tmp_path):
         "stream s names the task 'B'": good | {"streams": {"s": ["A", "B"]}},
         "instruction set 'english' is not one of": good | {"instructions": {"english": "."}},
         "instruction is one of": {"tasks": {"A": {"scoring": "open", "instruction": "middle"}}},
-        "scoring 'exact' of task A is not one of": {"tasks": {"A": {"scoring": "exact"}}},
+        "scoring 'vague' of task A is not one of": {"tasks": {"A": {"scoring": "vague"}}},
     }
     for message, content in broken.items():
         (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(content))
