@@ -373,6 +373,7 @@ FILES: dict[str, type[TaskFiles]] = {
     "box": BoxFiles,
     "rouge": TextFiles,
     "exact": TextFiles,
+    "caption": TextFiles,
 }
 
 

@@ -42,6 +42,8 @@ def answer_overlap(run: EvaluatedRun) -> pd.DataFrame:
             for a in references.asked.values()
             if task.counts(a.reference) and not (asked_of.limit and a.position >= asked_of.limit)
         ][:QUESTIONS]
+        if task.joint:
+            continue  # no answer has a score by itself
         for trained in tasks:
             best = [max(task.official(text, reference) for text in answers[trained]) for reference in counted]
             found.loc[trained, asked] = 100 * float(np.mean(best))

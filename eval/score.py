@@ -114,34 +114,31 @@ def score_task(rows: Sequence[Mapping[str, Any]], questions: QuestionSet) -> Tas
         raise ValueError(f"{found.path}: no question of it can be scored; correct the file or its annotations")
     released = asked if limit else found.annotated  # what the released evaluator would load
     rows = [row for row in rows if str(row["question_id"]) in released]
-    legacy = task.legacy_scores(rows, released)
+    legacy = task.legacy_scores(rows, released) if not task.joint else [None] * len(rows)
     unanswered = {"official": 0.0, "legacy": task.legacy_missing, "lenient": 0.0}
     per_question: dict[str, dict[str, float | None]] = {question_id: dict(unanswered) for question_id in counted}
-    in_form = answered = 0
-    for row, legacy_score in zip(rows, legacy, strict=True):
-        question_id, text = str(row["question_id"]), row["text"]
-        if question_id not in counted:
-            continue
-        reference = counted[question_id]
-        answered += 1
+    given = {str(row["question_id"]): (row["text"], score) for row, score in zip(rows, legacy, strict=True)}
+    answered = [question_id for question_id in given if question_id in counted]
+    texts, references = [given[key][0] for key in answered], [counted[key] for key in answered]
+    official = task.official_scores(texts, references, [counted[key] for key in counted if key not in given])
+    in_form = 0
+    for question_id, text, reference, score in zip(answered, texts, references, official, strict=True):
         in_form += task.has_form(text, reference)
-        per_question[question_id] = {
-            "official": task.official(text, reference),
-            "legacy": legacy_score,
-            "lenient": task.lenient(text, reference),
-        }
+        same = {"legacy": score, "lenient": score} if task.joint else {
+            "legacy": given[question_id][1], "lenient": task.lenient(text, reference)}  # fmt: skip
+        per_question[question_id] = {"official": score, **same}
 
     n = len(counted)
     share = {mode: sum(scores[mode] for scores in per_question.values()) / n for mode in ("official", "lenient")}
-    share["legacy"] = task.legacy_accuracy(legacy, released)
+    share["legacy"] = share["official"] if task.joint else task.legacy_accuracy(legacy, released)
     return TaskScore(
         task=task.name,
         accuracy={mode: percent(share[mode]) for mode in MODES},
         n=n,
-        missing=n - answered,
+        missing=n - len(answered),
         format_rate=percent(in_form / n),
         per_question=per_question,
-        legacy_report=task.legacy_report(rows, legacy, released),
+        legacy_report={} if task.joint else task.legacy_report(rows, legacy, released),
         left_out=sum(not limit or fault.record < limit for fault in found.problems),
     )
 

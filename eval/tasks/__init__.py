@@ -5,6 +5,7 @@ from pathlib import Path
 from data.benchmark import COIN, Benchmark, open_benchmark
 from data.references import files_of
 from eval.tasks.base import MODES, OpenQuestionTask, Task
+from eval.tasks.caption import Caption
 from eval.tasks.choice import MultipleChoice
 from eval.tasks.exact import ExactText
 from eval.tasks.gqa import GQA
@@ -32,6 +33,7 @@ SCORING: dict[str, type[Task]] = {
     "box": Grounding,
     "rouge": RougeL,
     "exact": ExactText,
+    "caption": Caption,
 }
 
 

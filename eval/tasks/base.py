@@ -31,6 +31,7 @@ class Task(TaskFiles):
     """One task: subclasses say how an answer is scored against a reference."""
 
     legacy_missing: float | None = None  # most released evaluators do not notice a missing answer
+    joint = False  # True: an answer has no score by itself, only among the answers of its test set
 
     @abstractmethod
     def official(self, text: str, reference: Any) -> float:
@@ -47,6 +48,10 @@ class Task(TaskFiles):
     @abstractmethod
     def has_form(self, text: str, reference: Any) -> bool:
         """Whether the answer has the form the task asks for, right or wrong."""
+
+    def official_scores(self, texts: Sequence[str], references: Sequence[Any], others: Sequence[Any]) -> list[float]:
+        """`official` of answers to some questions of a test set; `others`: the references of its other questions."""
+        return [self.official(text, reference) for text, reference in zip(texts, references, strict=True)]
 
     def counts(self, reference: Any) -> bool:
         """Whether the benchmark counts this question at all."""
