@@ -95,7 +95,7 @@ def run_page(run: EvaluatedRun, metrics: dict[str, Any], majority: dict[str, flo
         for name, holders in run.rows
     ]
     tests = [answered(run, task, dict.fromkeys(row["holders"][task] for row in rows if task in row["holders"]))
-             for task in run.tasks]  # fmt: skip
+             for task in run.tasks if any(task in row["holders"] for row in rows)]  # fmt: skip
     shown = [chosen_questions(run, one, rows) for one in tests]
     pictures, numbers = embedded_pictures(tests, shown, rows)
     tasks = [task_data(one, own, numbers) for one, own in zip(tests, shown, strict=True)]
@@ -126,11 +126,11 @@ def run_page(run: EvaluatedRun, metrics: dict[str, Any], majority: dict[str, flo
             "split": run.split,
             "scoring": run.scoring,
         },
-        tasks=run.tasks,
+        tasks=[one.task for one in tests],
         figures=key_figures(metrics),
         notes=page_notes(run, tests, shown, pictures),
         matrix=matrix_rows(run, tests, rows),
-        majority=[f"{majority[task]:.1f}" for task in run.tasks],
+        majority=[f"{majority[one.task]:.1f}" for one in tests],
         has_beta=charts["beta"] is not None,
         kept=[]
         if kept is None
@@ -169,7 +169,7 @@ def right(one: Answered, holder: str, place: int) -> bool:
 def own_and_last(task: str, rows: Sequence[dict]) -> tuple[str, str]:
     """Whose parameters answer a task right after its own stage, and at the end."""
     holders = [row["holders"][task] for row in rows if task in row["holders"]]
-    own = [row["holders"][task] for row in rows if task in row["tasks"]]
+    own = [row["holders"][task] for row in rows if task in row["tasks"] and task in row["holders"]]
     return (own or holders)[0], holders[-1]
 
 

@@ -102,6 +102,18 @@ def test_a_large_page_says_what_it_leaves_out(evaluated, monkeypatch):
     run_page(done, json.loads((evaluated / "metrics.json").read_text()), baseline(done)[0])
 
 
+def test_half_a_stream_and_some_of_its_cells_have_a_page(evaluated, monkeypatch):
+    """One stage of three, and the diagonal alone: columns are the tasks that were answered."""
+    done = open_run(evaluated)
+    done.stages = done.stages[:1]
+    found = content_of(run_page(done, {}, baseline(done)[0]))
+    assert [one["name"] for one in found["tasks"]] == ["ScienceQA"] and len(found["rows"]) == 1
+    page = run_page(open_run(evaluated, cells="final"), {}, baseline(done)[0])
+    assert [list(row["holders"]) for row in content_of(page)["rows"]] == [[], [], ["ScienceQA", "TextVQA", "GQA"]]
+    done = open_run(evaluated)
+    run_page(done, json.loads((evaluated / "metrics.json").read_text()), baseline(done)[0])
+
+
 def test_a_large_picture_is_made_small(tmp_path):
     from PIL import Image
 

@@ -53,7 +53,7 @@ class Caption(TextFiles, Task):
         for text, own in (*zip(texts, references, strict=True), *(("", own) for own in others)):
             scorer += (caption_words(text), [caption_words(one) for one in own])
         _, scores = scorer.compute_score()
-        return [float(score) / HIGHEST for score in scores[: len(texts)]]
+        return [min(1.0, float(score) / HIGHEST) for score in scores[: len(texts)]]
 
     def official(self, text: str, reference: tuple[str, ...]) -> float:
         raise TypeError("CIDEr scores a whole test set, not one answer")
