@@ -23,7 +23,8 @@ from transformers import TrainerCallback
 from llaca import ranks
 from llaca.engines import engine_of
 from llaca.folders import sync_tree, write_durably
-from llaca.stream import write_atomically
+from llaca.stream import Stage, write_atomically
+from llaca.tracking import Tracker, tell_again, told_values
 from llava.adapters import trainable_parameters
 from llava.trainer import LlavaTrainer
 
@@ -335,3 +336,24 @@ class StopOnSignal(TrainerCallback):
             if ranks.first():
                 print(f"{where}: stopped by a signal and saved; the same command goes on", file=sys.stderr)
             sys.exit(128 + self.agreed)
+
+
+class TrackLog(TrainerCallback):
+    """Tells the tracker every line of the log, `before` steps on, with the stage's number and the records a second."""
+
+    def __init__(self, tracker: Tracker, stage: Stage, log: Path, before: int):
+        self.tracker, self.stage, self.before = tracker, stage, before
+        tell_again(tracker, stage, log, before)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.last = time.monotonic(), state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        now, (then, step) = time.monotonic(), self.last
+        self.last = now, state.global_step
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        made = state.global_step - step
+        rate = {"records_per_second": batch * made / (now - then)} if made else {}
+        self.tracker.log(self.before + state.global_step, told_values(logs, self.stage.index) | rate)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from sklearn.feature_extraction.text import CountVectorizer
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
+    from sklearn.feature_extraction.text import CountVectorizer
 
 THRESHOLDS = {"original": 0.90, "diverse": 0.30, "10type": 0.30}
 PAIRS = 1 << 22  # numbers of a similarity that are held at once
@@ -42,7 +42,7 @@ def similarity(left: Sequence[str], right: Sequence[str]) -> np.ndarray:
 
 def _similarities(left: Sequence[str], right: Sequence[str]) -> Iterator[np.ndarray]:
     """The rows of `similarity`, PAIRS numbers at once: a file can have thousands of distinct instructions."""
-    texts = CountVectorizer(stop_words="english", vocabulary=_words([*left, *right]))
+    texts = _vectorizer(vocabulary=_words([*left, *right]))
     x, y = (texts.transform(side).astype(float) for side in (left, right))
     squared, others = IDF_UNSHARED**2, np.array(right)
     step = max(1, PAIRS // len(right))
@@ -55,8 +55,14 @@ def _similarities(left: Sequence[str], right: Sequence[str]) -> Iterator[np.ndar
         yield np.where(equal, 1.0, _dense(own, y) / np.where(norms > 0, norms, 1.0))
 
 
+def _vectorizer(**settings) -> "CountVectorizer":
+    from sklearn.feature_extraction.text import CountVectorizer  # takes a second, which runs without groups do not need
+
+    return CountVectorizer(stop_words="english", **settings)
+
+
 def _words(texts: Sequence[str]) -> dict[str, int]:
-    analyze = CountVectorizer(stop_words="english").build_analyzer()
+    analyze = _vectorizer().build_analyzer()
     found = sorted({word for text in texts for word in analyze(text)})
     return {word: place for place, word in enumerate(found or ["-"])}
 

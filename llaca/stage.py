@@ -41,8 +41,7 @@ class StageTraining:
         The stage goes on from its last checkpoint, if there is one. `bar` is moved on with every step.
         """
         # These bring in PEFT and, where installed, bitsandbytes.
-        from llaca.callbacks import Checkpoints, MethodCallback, StopOnSignal, latest, truncate_log
-        from llaca.tracking import TrackLog
+        from llaca.callbacks import Checkpoints, MethodCallback, StopOnSignal, TrackLog, latest, truncate_log
         from llava.trainer import StepLog
 
         self._take_start()

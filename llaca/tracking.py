@@ -10,14 +10,12 @@ second file of the same id, which `wandb sync` joins.
 
 import json
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import yaml
-from transformers import TrainerCallback
 
 from llaca.config import Recipe
 from llaca.stream import Stage, write_atomically
@@ -177,24 +175,3 @@ def tell_again(tracker: Tracker, stage: Stage, log: Path, before: int) -> None:
         for line in map(json.loads, log.read_text(encoding="utf-8").splitlines()):
             if "loss" in line:
                 tracker.log(before + line["step"], told_values(line, stage.index))
-
-
-class TrackLog(TrainerCallback):
-    """Tells the tracker every line of the log, `before` steps on, with the stage's number and the records a second."""
-
-    def __init__(self, tracker: Tracker, stage: Stage, log: Path, before: int):
-        self.tracker, self.stage, self.before = tracker, stage, before
-        tell_again(tracker, stage, log, before)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.last = time.monotonic(), state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs:
-            return
-        now, (then, step) = time.monotonic(), self.last
-        self.last = now, state.global_step
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        made = state.global_step - step
-        rate = {"records_per_second": batch * made / (now - then)} if made else {}
-        self.tracker.log(self.before + state.global_step, told_values(logs, self.stage.index) | rate)
