@@ -74,7 +74,8 @@ function card(one, place) {
     const row = element("tr"), name = element("th", data.rows[stage].stage);
     name.scope = "row";
     const verdict = (good ? "right" : "wrong") + (value > 0 && value < 1 ? " " + value.toFixed(2) : "");
-    row.append(name, element("td", one.answers[by][place] || "(nothing)"), element("td", verdict, good ? "is-right" : "is-wrong"));
+    const text = one.answers[by][place] || "(nothing)";
+    row.append(name, element("td", text, /\S{20}/.test(text) ? "long" : null), element("td", verdict, good ? "is-right" : "is-wrong"));
     body.append(row);
   }
   table.append(body);
