@@ -22,8 +22,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from data.progress import progress
 from eval.questions import Questions
 from eval.runs import BASE, EvaluatedRun, arguments, chosen_runs, retained
 from llaca import ranks
@@ -116,7 +116,7 @@ def answer_share(runs: Sequence[EvaluatedRun], rank: int, world: int, batch_size
     total = sum(len(_todo(run, *cell, rank, world)) for run in runs for cell in run.missing())
     answerer, model, loaded = None, None, None
     name = f"answers (process 1 of {world})" if world > 1 else "answers"
-    with tqdm(total=total, desc=name, unit="answer", disable=rank > 0) as bar:
+    with progress(total=total, desc=name, unit="answer", disable=rank > 0) as bar:
         for run in runs:
             for holder, task in sorted(run.missing(), key=lambda cell: cell[0]):
                 todo = _todo(run, holder, task, rank, world)

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from data.benchmark import open_benchmark
 from data.checksums import checksum
+from data.progress import progress
 from llaca import hosts, ranks
 from llaca.adapted import AdaptedModel, load_adapted
 from llaca.config import Recipe
@@ -109,7 +109,7 @@ class Run:
         held.callback(self.tracker.finish)
         line = int(os.environ.get("LLACA_BAR", 0))  # of the terminal, where several runs share it
         name = self.recipe.run.run
-        with tqdm(total=total, desc=name, unit="step", position=line, disable=not ranks.first()) as bar:
+        with progress(total=total, desc=name, unit="step", position=line, disable=not ranks.first()) as bar:
             for stage, done in zip(self.stages, self._done(), strict=True):
                 if done:
                     pool = Pool.from_json((stage.folder / "codebook.json").read_text(encoding="utf-8"))

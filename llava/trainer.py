@@ -195,7 +195,7 @@ class StepLog(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         if "loss" in logs:
-            self.bar.set_postfix_str(f"{self.name} loss {float(logs['loss']):.3f}")
+            self.bar.set_postfix_str(f"{self.name} loss {float(logs['loss']):.3f}", refresh=False)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()

@@ -18,4 +18,3 @@ PATH="$PWD/.venv/bin:$PATH"
 export PATH PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # One thread a process: two runs side by side use two cores better than one run uses both.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
-[ -t 2 ] || export TQDM_MININTERVAL="${TQDM_MININTERVAL:-20}"  # a log, not a terminal

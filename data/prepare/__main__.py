@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from tqdm import tqdm
-
 from data.benchmark import COIN, INSTRUCTION_SETS, open_benchmark
 from data.jsonfile import one_of
 from data.prepare import gqa, grounding, imagenet, ocrvqa, scienceqa, textvqa, vizwiz, vqav2
 from data.prepare.source import Record, Source
 from data.prepare.write import Choices, write_task
+from data.progress import progress
 
 READERS: dict[str, ModuleType] = {  # each: read(source) -> (training, evaluated records), ANNOTATIONS to copy
     "ScienceQA": scienceqa,
@@ -72,7 +71,7 @@ def _counted(records: Sequence[Record], known: int | None) -> str:
 def with_pictures(source: Source, records: Sequence[Record], skip_missing: bool) -> list[Record]:
     """The records whose pictures are there. Raises FileNotFoundError for a missing one, or counts it as left out."""
     images = dict.fromkeys(record.image for record in records if record.image)
-    bar = tqdm(images, desc="find pictures", leave=False, delay=3, unit="picture")
+    bar = progress(images, desc="find pictures", leave=False, delay=3, unit="picture")
     missing = {image for image in bar if not (source.image_root / image).is_file()}
     without = [record for record in records if record.image in missing]
     if without and not skip_missing:

@@ -13,11 +13,10 @@ A box without area is no answer. Pictures of a test split of one release may be 
 from collections.abc import Iterator
 from itertools import chain
 
-from tqdm import tqdm
-
 from data.jsonfile import field
 from data.prepare.plain_pickle import load_plain
 from data.prepare.source import Record, Source, by_picture, text
+from data.progress import progress
 
 ANNOTATIONS = ()
 RELEASES = {
@@ -48,7 +47,7 @@ def _expressions(source: Source, release: str, refs: str, splits: tuple[str, ...
     """(split, record) of the expressions of `splits`; ValueError if instances.json lacks a picture or region."""
     images, boxes = _instances(source, release)
     path = source.path(f"{release}/{refs}")
-    for position, ref in enumerate(tqdm(load_plain(path), desc=release, leave=False, delay=3, unit="region")):
+    for position, ref in enumerate(progress(load_plain(path), desc=release, leave=False, delay=3, unit="region")):
         where = f"{path}, record {position}"
         split, sentences = field(ref, "split", str, where), field(ref, "sentences", list, where)
         if split not in splits:

@@ -11,9 +11,8 @@ from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data.prepare.source import Record, Source
+from data.progress import progress
 
 ANNOTATIONS = ()
 FOLDER = "ImageNet_withlabel"
@@ -27,7 +26,7 @@ def read(source: Source) -> tuple[list[Record], list[Record]]:
         if count > 1:
             source.notes.append(f"{count} classes are called '{name}': the answer does not tell them apart")
     validation = source.image_root / FOLDER / "val"
-    synsets = tqdm(names, desc="list pictures", leave=False, delay=3, unit="class")
+    synsets = progress(names, desc="list pictures", leave=False, delay=3, unit="class")
     train = _in_turn(_listed(source, "train", synset) for synset in synsets)
     if any((validation / synset).is_dir() for synset in names):
         evaluated = _in_turn(_listed(source, "val", synset) for synset in names)

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.jsonfile import field
+from data.progress import progress
 from data.references import annotator_answers
 
 
@@ -78,7 +79,7 @@ class Source:
         path = self.folder / name
         entries = field(self.json(name, dict, drop), at, kind, str(path)) if at else self.json(name, kind, drop)
         pairs = entries.items() if kind is dict else enumerate(entries)
-        for key, entry in tqdm(pairs, desc=name, total=len(entries), leave=False, delay=3, unit="record"):
+        for key, entry in progress(pairs, desc=name, total=len(entries), leave=False, delay=3, unit="record"):
             yield f"{path}, record {key}", key, entry
 
     def answered(self, question: str, answer: str) -> bool:

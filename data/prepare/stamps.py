@@ -29,6 +29,7 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 from data.mini.folder import make
+from data.progress import progress
 
 NAME, VERSION = "Stamps", 1
 SOURCE = Path("/usr/share/tuxpaint/stamps")
@@ -212,7 +213,7 @@ def fill(root: Path, source: Path, seed: int) -> None:
     makers["Pick"] = partial(picks, shared)
     spec = {"name": NAME, "tasks": {task: {"scoring": kind, "max_new_tokens": 8} for task, kind in TASKS.items()}}
     (root / "benchmark.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
-    with tqdm(total=len(TASKS) * sum(SIZES.values()), desc="draw", unit="picture") as bar:
+    with progress(total=len(TASKS) * sum(SIZES.values()), desc="draw", unit="picture") as bar:
         for task, make_examples in makers.items():
             for split, examples in make_examples(random.Random(f"{seed}/{task}")).items():
                 write(root, task, split, examples, bar)

@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from data.benchmark import INSTRUCTION_SETS, Benchmark
 from data.prepare.source import Record
+from data.progress import progress
 from data.records import IMAGE
 
 INSTRUCTIONS = Path(__file__).parents[1] / "instructions.json"
@@ -104,7 +103,7 @@ def write_task(
 def _write_rows(rows: Sequence[Callable[[], dict[str, Any]]], name: str, path: Path) -> None:
     """A JSON list, one record a line."""
     with path.open("w", encoding="utf-8") as file:
-        for number, row in enumerate(tqdm(rows, desc=name, leave=False, delay=3, unit="record")):
+        for number, row in enumerate(progress(rows, desc=name, leave=False, delay=3, unit="record")):
             file.write(("[\n" if number == 0 else ",\n") + json.dumps(row()))
         file.write("\n]\n")
 

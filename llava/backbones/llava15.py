@@ -15,11 +15,11 @@ import torch
 import transformers
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessorPil, LlavaProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from data.pictures import load_image
+from data.progress import progress
 from llava.backbone import Backbone, embeddings_plus, unwrapped
 from llava.conversation import Template
 from llava.features import FeatureCache, stored_features
@@ -115,7 +115,7 @@ class Llava15(Backbone):
         """Run the vision tower over pictures: [pictures, layers, tokens, width], on the CPU."""
         tower, rows = self.vision(model), []
         parameter = next(tower.parameters())
-        for start in tqdm(range(0, len(paths), AT_ONCE), desc="vision features", leave=False, delay=3):
+        for start in progress(range(0, len(paths), AT_ONCE), desc="vision features", leave=False, delay=3):
             images = [load_image(path) for path in paths[start : start + AT_ONCE]]
             pixels = to_pixels(self.processor.image_processor, images).to(parameter.device, parameter.dtype)
             states = tower(pixels, output_hidden_states=True).hidden_states
