@@ -1,6 +1,7 @@
 """Adapters other than LoRA beside the weights: OFT against PEFT and scipy, DSEE against numpy."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +10,14 @@ from scipy.special import rel_entr, softmax
 from test_llaca_methods import layout_of, method_of, moved, view  # noqa: F401
 from test_llaca_styles import words_of
 
-from llaca.config import load_recipe
+from llaca.config import CONFIGS, load_recipe
+from llaca.methods import METHODS
 from llaca.methods.base import StageView
 from llaca.methods.dsee import farthest
 from llava.adapters import adapter_state, load_adapter, save_adapter, trainable_parameters
 from llava.backbones import load_base
+
+ROOT = Path(__file__).parents[1]
 
 
 def attached(tiny_base, view, method):  # noqa: F811
@@ -105,3 +109,11 @@ def test_dsee_adds_low_rank_and_the_elements_farthest_from_it(view, tiny_base, t
     torch.testing.assert_close(stage.backbone.answer_logits(merged, batch)[0].logits, before, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="take --quantization none"):
         method.check_model(load_recipe(["--method", "dsee", "--quantization", "nf4"]).model)
+
+
+def test_the_mini_recipes_blocks_divide_their_bases():
+    for recipe in ("coin_mini", "coin_mini_qwen25vl", "dialog_mini_t5"):
+        asked = load_recipe(["--recipe", str(CONFIGS / f"{recipe}.yaml"), "--method", "oft"])
+        model, backbone = load_base(ROOT / asked.model.base)
+        attached = METHODS["oft"](asked.settings).attach(model, backbone, asked.model)
+        assert any("oft_R" in name for name in trainable_parameters(attached))
