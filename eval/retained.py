@@ -24,11 +24,10 @@ from llava.backbone import Backbone
 from llava.generate import Decoder
 
 LENGTH = 512
-COLUMNS = ("Retained", "Retained loss")  # of a table
 
 
 def score_retained(kept: RetainedRun) -> dict[str, float | None]:
-    """Scores the answers, reads the texts and writes both matrices; the figures of COLUMNS, and the base's."""
+    """Scores the answers, reads the texts and writes both matrices; the figures of RETAINED_KEYS that there are."""
     folder = kept.folder / "retained"
     folder.mkdir(exist_ok=True)
     tasks, rows, known = kept.tasks, dict(kept.rows), {}
@@ -51,12 +50,14 @@ def score_retained(kept: RetainedRun) -> dict[str, float | None]:
 
 def text_losses(kept: RetainedRun) -> pd.DataFrame | None:
     """Nats a token of each text of the folder [base and stages, texts]; None without texts. What was read before is not
-    read again."""
+    read again, unless a text or a stage is newer."""
     texts = sorted(Path(kept.recipe.stream.data_root).glob("*.txt"))
     if not texts:
         return None
     path = kept.folder / "retained" / "loss.csv"
-    found = pd.read_csv(path, index_col="stage") if path.is_file() else pd.DataFrame()
+    sources = [*texts, *(stage.folder / "DONE" for stage in kept.stages)]
+    fresh = path.is_file() and all(source.stat().st_mtime_ns < path.stat().st_mtime_ns for source in sources)
+    found = pd.read_csv(path, index_col="stage") if fresh else pd.DataFrame()
     found = found.reindex(index=[stage for stage, _ in kept.rows], columns=[text.stem for text in texts])
     answerer = None
     for stage in found.index[found.isna().any(axis=1)]:

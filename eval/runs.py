@@ -1,6 +1,6 @@
 """A run folder as evaluation sees it: which stage's parameters answer which test set.
 
-    runs/<name>/answers[-dev|-retained]/<stage whose parameters answered>/<Task>.jsonl
+    runs/<name>/answers[-dev|-retained/<benchmark>]/<stage whose parameters answered>/<Task>.jsonl
 
 A cell of the accuracy matrix is one such file. With grouping many cells share a file: a parameter set that a stage did
 not change is not asked again.
@@ -138,7 +138,7 @@ class RetainedRun(EvaluatedRun):
 
     @property
     def answers(self) -> Path:
-        return self.folder / "answers-retained"
+        return self.folder / "answers-retained" / Path(self.recipe.stream.data_root).resolve().name
 
     def instructions(self, task: str) -> list[str]:
         return super().instructions(task)[: self.INSTRUCTIONS]

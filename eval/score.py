@@ -124,9 +124,8 @@ def score_task(rows: Sequence[Mapping[str, Any]], questions: QuestionSet) -> Tas
     in_form = 0
     for question_id, text, reference, score in zip(answered, texts, references, official, strict=True):
         in_form += task.has_form(text, reference)
-        same = {"legacy": score, "lenient": score} if task.joint else {
-            "legacy": given[question_id][1], "lenient": task.lenient(text, reference)}  # fmt: skip
-        per_question[question_id] = {"official": score, **same}
+        others = (score, score) if task.joint else (given[question_id][1], task.lenient(text, reference))
+        per_question[question_id] = {"official": score, "legacy": others[0], "lenient": others[1]}
 
     n = len(counted)
     share = {mode: sum(scores[mode] for scores in per_question.values()) / n for mode in ("official", "lenient")}

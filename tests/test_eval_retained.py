@@ -103,6 +103,10 @@ def test_a_run_is_measured_stage_by_stage_beside_its_base(arguments, skill_folde
         report(given)
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "answers-retained").rglob("*.jsonl")}
     assert np.allclose(pd.read_csv(folder / "retained" / "loss.csv", index_col="stage"), losses)
+    (skill_folder / "short.txt").write_text("A circle is red.")  # another text under the same name is read
+    report(given)
+    again = pd.read_csv(folder / "retained" / "loss.csv", index_col="stage")
+    assert again.loc["base", "short"] != pytest.approx(losses.loc["base", "short"])
     assert "What stays of the base" in (folder / "report.html").read_text()
 
 
