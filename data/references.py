@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.answers import RULES, Answer, GQAAnswer, Options, Region, RuledAnswer
 from data.benchmark import Benchmark, TaskSpec, image_root, open_benchmark, task_folder
 from data.boxes import exact_box
 from data.jsonfile import field, one_of, read_json_of
@@ -177,14 +178,6 @@ class AnnotatedFiles(TaskFiles):
 # --- open questions ---
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Reference of an open question: the file's single answer, and the ten annotators' where they exist."""
-
-    answer: str
-    annotators: tuple[str, ...] = ()
-
-
 class OpenFiles(TaskFiles):
     """References in the question file: `answer`, and optionally `answers`, a list of ten."""
 
@@ -202,6 +195,14 @@ class TextFiles(TaskFiles):
         if not answers or not all(isinstance(one, str) for one in answers):
             raise ValueError(f"{where}: 'answers' must hold texts, one at least")
         return tuple(answers)
+
+
+class RuledFiles(TaskFiles):
+    """References in the question file: `answer`, and `rule`, one of RULES."""
+
+    def reference_of(self, record: Mapping[str, Any], where: str) -> RuledAnswer:
+        rule = one_of(field(record, "rule", str, where), RULES, f"{where}: 'rule'")
+        return RuledAnswer(field(record, "answer", str, where), rule)
 
 
 def annotator_answers(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
@@ -236,17 +237,6 @@ class TextVQAFiles(AnnotatedFiles):
         return references, broken
 
 
-@dataclass(frozen=True)
-class GQAAnswer:
-    """A question's answer, and what the released evaluator groups its figures by; without a `group`
-    a question takes no part in the distribution score."""
-
-    answer: str
-    balanced: bool
-    open: bool
-    group: str | None
-
-
 class GQAFiles(AnnotatedFiles):
     """References: GQA's own question file, a dictionary by question id; only balanced questions count."""
 
@@ -276,14 +266,6 @@ def _gqa_answer(record: Mapping[str, Any], where: str) -> GQAAnswer:
 
 
 # --- multiple choice ---
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of a question and the index of the right one."""
-
-    choices: tuple[str, ...]
-    answer: int
 
 
 class ChoiceFiles(TaskFiles):
@@ -329,15 +311,6 @@ def _scienceqa_options(problems: Mapping[str, Any], pid: str, file: str) -> Opti
 # --- boxes ---
 
 
-@dataclass(frozen=True)
-class Region:
-    """The reference box [x1, y1, x2, y2] as written, the picture's longer side in pixels, a box's largest x and y."""
-
-    answer: str
-    side: float = 1.0
-    frame: tuple[float, float] = (1.0, 1.0)
-
-
 class BoxFiles(TaskFiles):
     """References in the question file: `answer_bbox`, in fractions of the padded square or within a `box_frame` [x, y]
     (llava/boxes.py), and optionally `size`."""
@@ -374,6 +347,7 @@ FILES: dict[str, type[TaskFiles]] = {
     "rouge": TextFiles,
     "exact": TextFiles,
     "caption": TextFiles,
+    "mllm_dcl": RuledFiles,
 }
 
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import webbrowser
 from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -138,6 +139,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for the tables and figures over runs; default: RUNS_DIR/tables[-SCORING]"
     )
+    parser.add_argument("--open", action="store_true", help="print the page's address, and open it in a browser")
     parser.add_argument("--paper", action="store_true", help="add the rows of the paper's Table 1")
     parser.add_argument("--scoring", choices=MODES, default="official", help="of answers, see docs/BENCHMARKS.md")
     options = parser.parse_args(given)
@@ -214,6 +216,16 @@ def report(options: argparse.Namespace) -> None:
             print(f"Runs that differ in these stand in tables of their own: {', '.join(apart)}")
         print(summary(members, metrics, where, options.paper))
         print(f"Tables (txt, md, csv, tex) and figures: {where}; to look at: {where / 'report.html'}")
+        if options.open:
+            show(where / "report.html")
+
+
+def show(page: Path) -> None:
+    """Print a page's address, and open it where there is a screen to open it on."""
+    address = page.resolve().as_uri()
+    print(address)
+    if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        webbrowser.open(address)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from math import isfinite
 
 import pytest
 
+from data.answers import RULES, Answer, GQAAnswer, Options, Region, RuledAnswer
 from data.benchmark import TaskSpec
 from data.boxes import exact_box
-from data.references import Answer, GQAAnswer, Options, Region
 from eval.tasks import SCORING
 from eval.tasks.grounding import loose_box
 
@@ -43,6 +43,8 @@ def reference(scoring: str, generator):
     said = [words(generator, 2) for _ in range(generator.randint(1, 3))]
     if scoring in ("rouge", "exact", "caption"):
         return tuple(said)
+    if scoring == "mllm_dcl":
+        return RuledAnswer(said[0], generator.choice(RULES))
     people = tuple(generator.choice(said) for _ in range(10)) if generator.random() < 0.7 else ()
     return Answer(said[0], people if scoring != "textvqa" else people or (said[0],) * 10)
 

@@ -12,6 +12,7 @@ from test_llaca_train import arguments, mini  # noqa: F401
 from eval.ask import Asker, main
 from eval.page import data_url, embedded, run_page
 from eval.report import main as report
+from eval.report import show
 from eval.runs import open_run
 from eval.scored import baseline
 from llaca.config import load_recipe
@@ -251,3 +252,16 @@ def test_in_a_browser_axe_finds_no_serious_fault(evaluated, browser, name):
         tab, _, _ = opened(browser, evaluated.parent / name, color_scheme=scheme)
         faults = axe.Axe().run(tab).response["violations"]
         assert not [(f["id"], f["nodes"][0]["html"][:200]) for f in faults if f["impact"] in ("serious", "critical")]
+
+
+@pytest.mark.parametrize(("screen", "opened"), [("", False), (":0", True)])
+def test_a_page_is_opened_where_there_is_a_screen(tmp_path, monkeypatch, capsys, screen, opened):
+    seen = []
+    monkeypatch.setattr("webbrowser.open", seen.append)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("DISPLAY", screen)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    show(tmp_path / "a page.html")
+    address = capsys.readouterr().out.strip()
+    assert address.startswith("file:///") and address.endswith("/a%20page.html")
+    assert seen == [address] * opened

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from data.answers import Answer, GQAAnswer, Options, Region
 from data.benchmark import TaskSpec
 from data.boxes import exact_box
-from data.references import FILES, Answer, GQAAnswer, Options, Region
+from data.references import FILES
 from eval.tasks import SCORING, TASKS
 from eval.tasks.base import OpenQuestionTask
 from eval.tasks.grounding import intersection_over_union, legacy_box, loose_box

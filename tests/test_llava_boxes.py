@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from vl_bases import make_vl
 
+from data.answers import Region
 from data.benchmark import open_benchmark
 from data.boxes import exact_box
 from data.check import check
-from data.references import Region
 from eval.tasks import task_of
 from eval.tasks.grounding import intersection_over_union
 from llava.backbone import BaseOptions

@@ -11,6 +11,7 @@ from eval.tasks.exact import ExactText
 from eval.tasks.gqa import GQA
 from eval.tasks.grounding import Grounding
 from eval.tasks.imagenet import ImageNet
+from eval.tasks.mllm_dcl import MLLMDCL
 from eval.tasks.ocrvqa import OCRVQA
 from eval.tasks.rouge import RougeL
 from eval.tasks.scienceqa import ScienceQA
@@ -34,6 +35,7 @@ SCORING: dict[str, type[Task]] = {
     "rouge": RougeL,
     "exact": ExactText,
     "caption": Caption,
+    "mllm_dcl": MLLMDCL,
 }
 
 

@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.references import Answer, OpenFiles, TaskFiles
+from data.answers import Answer
+from data.references import OpenFiles, TaskFiles
 from eval.tasks.words import consensus, forgiving, is_phrase, lenient_consensus, same
 
 MODES = ("official", "legacy", "lenient")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from data.references import LETTERS, ChoiceFiles, Options
+from data.answers import Options
+from data.references import LETTERS, ChoiceFiles
 from eval.tasks.base import Task
 from eval.tasks.words import forgiving, normalise
 

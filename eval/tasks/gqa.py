@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.references import GQAAnswer, GQAFiles
+from data.answers import GQAAnswer
+from data.references import GQAFiles
 from eval.tasks.base import Task, last_answers_by_id, printed
 from eval.tasks.words import forgiving, is_phrase
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from statistics import median
 
+from data.answers import Region
 from data.boxes import NUMBER, Box, exact_box, finite_box
-from data.references import BoxFiles, Region
+from data.references import BoxFiles
 from eval.tasks.base import Task
 
 _LOOSE_BOX = re.compile(r"(?<![\w.])" + r"[\s,;]+".join([f"({NUMBER})"] * 4))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.references import Answer
+from data.answers import Answer
 from eval.tasks.base import OpenQuestionTask
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.references import Options, ScienceQAFiles
+from data.answers import Options
+from data.references import ScienceQAFiles
 from eval.tasks.base import last_answers_by_id
 from eval.tasks.choice import MultipleChoice
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from data.references import Answer, TextVQAFiles
+from data.answers import Answer
+from data.references import TextVQAFiles
 from eval.tasks.base import OpenQuestionTask
 from eval.tasks.words import consensus
 
