@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from data.progress import say
 from llaca.methods.base import Method
 from llaca.pool import Choice
 from llaca.stream import Stage
@@ -85,7 +85,7 @@ def begin(run: Path, stage: Stage, origin: dict) -> None:
                 "cannot be used): put their files back, or delete that folder to train the stage anew"
             )
         why = "it was begun from other parameters than there are now" if began else "it does not say what it began from"
-        tqdm.write(f"{partial}: removed, {why}; the stage starts anew")
+        say(f"{partial}: removed, {why}; the stage starts anew")
         shutil.rmtree(partial)
     if (partial / DONE).is_file():
         publish(stage)

@@ -26,11 +26,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import yaml
-from tqdm import tqdm
 
 from data.benchmark import train_file
 from data.cache import NO_LOCKS
 from data.checksums import checksum
+from data.progress import say
 from llaca import machine
 from llaca.config import Recipe
 from llaca.engines.zero import deepspeed_file
@@ -229,7 +229,7 @@ def only_one(folder: Path, seconds: float = 10.0) -> Iterator[None]:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-                tqdm.write(f"{folder}: its file system has no locks ({error.strerror}); train this run by one command")
+                say(f"{folder}: its file system has no locks ({error.strerror}); train this run by one command")
                 break
         yield
 

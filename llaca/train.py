@@ -10,8 +10,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from tqdm import tqdm
-
+from data.progress import say
 from llaca import hosts, ranks
 from llaca.config import Recipe, help_of, load_recipe
 from llaca.methods import METHODS
@@ -65,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"llaca.train: another process of this run has gone, see its own messages: {error}\n"
             "What is saved is whole; the same command on every host goes on from there"
         )
-    tqdm.write(f"{recipe.run.run}: done, {folder}")
+    say(f"{recipe.run.run}: done, {folder}")
 
 
 if __name__ == "__main__":

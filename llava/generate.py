@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import GenerationConfig
 
+from data.progress import say
 from llava.ahead import Ahead
 from llava.backbone import Backbone, unwrapped
 from llava.conversation import encode_prompt, repeated
@@ -97,7 +97,7 @@ def _generated(
                 if len(chosen) == 1:
                     raise ValueError(NO_MEMORY.format(error)) from error
                 most = len(chosen) // 2
-                tqdm.write(f"out of memory; from here on at most {most} at once", file=sys.stderr)
+                say(f"out of memory; from here on at most {most} at once", file=sys.stderr)
                 continue
             numbers = numbers[size:]
             yield chosen, answers
@@ -152,7 +152,7 @@ def _answers(
                 size, fault = largest // 2, None
                 rest = [[number for number in group if number not in answered] for group in block]
                 waiting.extendleft(group for group in reversed(rest) if group)
-                tqdm.write(f"out of memory; from here on at most {size} at once", file=sys.stderr)
+                say(f"out of memory; from here on at most {size} at once", file=sys.stderr)
             if fault:
                 raise fault
 
