@@ -167,7 +167,7 @@ def table(
     majority, left_out = baseline(every[0])
     found = results_table(rows, majority)
     where = f", on {open_benchmark(stream.data_root).name} with the small base" if options.mini else ""
-    notes = [f"{study['title']}{where}; {split} split."]
+    notes = [f"{study['title']}{where}; {split} split.", *study.get("notes", [])]
     wordings = {run.recipe.stream.instructions for run in every}
     notes += [f"The majority row is of the {stream.instructions} instructions."] if len(wordings) > 1 else []
     whose = study.get("printed", "of the 7B or 13B model on CoIN")
