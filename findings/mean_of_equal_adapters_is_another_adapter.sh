@@ -5,8 +5,9 @@
 # itself from every kind. "linear", "dare_linear" and "magnitude_prune" (density 1: nothing is dropped) average A and B
 # each with the square roots of the weights, so that the product has all sixteen pairs: 4 times. "cat" and the kinds
 # that decompose the sum of products give it once. "ties" and "dare_ties" divide by the number of adapters, which the
-# weights have done before: a quarter, decomposed or not. With use_rslora the merged adapter, whose alpha is made equal to its rank, is scaled by
-# the square root of that rank once more: "linear" 8 times, "cat", whose rank is 16, 4 times, "svd" twice, "ties" a half.
+# weights have done before: a quarter, decomposed or not. With use_rslora the merged adapter, whose alpha is made equal
+# to its rank, is scaled by the square root of that rank once more: "linear" 8 times, "cat", whose rank is 16, 4 times,
+# "svd" twice, "ties" a half.
 #
 # Seen (norm of the merged change over that of one adapter's):
 #   lora:   linear 4 cat 1 svd 1 dare_linear 4 magnitude_prune 4 ties 0.25 dare_ties 0.25 ties_svd 0.25
