@@ -67,6 +67,11 @@ class Backbone(ABC):
         self.bound_pixels(options.min_pixels, options.max_pixels)
 
     @classmethod
+    def variant(cls, path: Path) -> type["Backbone"]:
+        """Return the family itself, or the one of its kinds that a folder holds, where its tokenizer tells."""
+        return cls
+
+    @classmethod
     @abstractmethod
     def read_processor(cls, path: Path, config: PreTrainedConfig) -> Any:
         """Return the processor of a folder. Raises FileNotFoundError or ValueError naming the file that is missing or

@@ -47,7 +47,7 @@ def family_of(path: str | Path) -> type[Backbone]:
     kind, known = content.get("model_type"), ", ".join(sorted(FAMILIES))
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{file}: model_type is {kind!r}; take a base of one of the families here, of {known}")
-    return FAMILIES[kind]
+    return FAMILIES[kind].variant(Path(path))
 
 
 def open_backbone(path: str | Path, options: BaseOptions = AS_IS) -> Backbone:

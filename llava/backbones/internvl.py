@@ -21,7 +21,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from data.pictures import load_image
 from data.sizes import picture_sizes
 from llava.backbone import Backbone, embeddings_plus, unwrapped
-from llava.backbones.qwen_vl import CHATML, check_words, read_parts
+from llava.backbones.chatml import CHATML
+from llava.backbones.qwen_vl import check_words, read_parts
 
 LANGUAGES = ("qwen2", "qwen3")
 

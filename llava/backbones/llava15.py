@@ -1,4 +1,5 @@
-"""LLaVA-1.5 (arXiv 2310.03744): CLIP's patches, a projector of two layers, and a Llama that answers as vicuna_v1.
+"""LLaVA-1.5 (arXiv 2310.03744): CLIP's patches, a projector of two layers, and a Llama that answers as vicuna_v1, or
+in ChatML where its tokenizer ends texts with that word.
 
 What trains is LoRA on every linear layer of the language model's blocks plus the whole projector. Every picture takes
 the same number of positions.
@@ -7,6 +8,7 @@ the same number of positions.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +22,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from data.pictures import load_image
 from data.progress import progress
-from llava.backbone import Backbone, embeddings_plus, unwrapped
+from llava.backbone import AS_IS, Backbone, BaseOptions, embeddings_plus, unwrapped
+from llava.backbones.chatml import CHATML, own_words
 from llava.conversation import Template
 from llava.features import FeatureCache, stored_features
-from llava.files import check_file, check_tokenizer
+from llava.files import check_file, check_tokenizer, read_object
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -31,6 +34,7 @@ SYSTEM = (
 )
 PLACEHOLDER = "<image>"
 VICUNA = Template(f"{SYSTEM} ", "USER: ", " ASSISTANT:", " ", "</s>", PLACEHOLDER)
+CHAT = replace(CHATML, system="", placeholder=PLACEHOLDER, before="", after="\n")
 FEATURES_VERSION = 1  # of the cached files' content
 AT_ONCE = 64  # pictures that the tower sees at once while features are computed
 
@@ -47,6 +51,13 @@ class Llava15(Backbone):
     features: FeatureCache | None = None
 
     @classmethod
+    def variant(cls, path: Path) -> type["Llava15"]:
+        """As `Backbone.variant`: LlavaChat where the tokenizer ends texts as ChatML does."""
+        file = path / "tokenizer_config.json"
+        end = read_object(file).get("eos_token") if file.is_file() else None
+        return LlavaChat if (end.get("content") if isinstance(end, dict) else end) == CHAT.end else cls
+
+    @classmethod
     def read_processor(cls, path: Path, config: LlavaConfig) -> LlavaProcessor:
         """As `Backbone.read_processor`."""
         check_tokenizer(path)
@@ -60,7 +71,7 @@ class Llava15(Backbone):
                 f"{path}: LlavaProcessor cannot read the processor and tokenizer there ({reason})"
             ) from error
         processor.image_processor.do_pad = True
-        _check_processor(path, config, processor)
+        _check_processor(path, config, processor, cls.template.end)
         return processor
 
     @classmethod
@@ -153,6 +164,35 @@ class Llava15(Backbone):
         return digest.hexdigest()
 
 
+class LlavaChat(Llava15):
+    """The same model with a language model of another chat: asked as the folder's chat template says, which is ChatML.
+
+    Padding may be the very token that ends an answer, as SmolLM2's: it is told by a row's length, never by its id.
+    """
+
+    template = CHAT
+
+    def __init__(self, config: LlavaConfig, processor: LlavaProcessor | None, options: BaseOptions = AS_IS):
+        super().__init__(config, processor, options)
+        if processor is not None:
+            self.template = own_words(self.tokenizer, CHAT)
+
+    @classmethod
+    def read_processor(cls, path: Path, config: LlavaConfig) -> LlavaProcessor:
+        """As `Backbone.read_processor`. Raises ValueError as `own_words` does."""
+        processor = super().read_processor(path, config)
+        try:
+            own_words(processor.tokenizer, CHAT)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return processor
+
+    @classmethod
+    def merge(cls, base: Path, adapter: Path, out: Path, dtype: torch.dtype | None) -> None:
+        """As `Backbone.merge`: other versions of transformers do not matter here."""
+        super(Llava15, cls).merge(base, adapter, out, dtype)
+
+
 class CachedVisionTower(nn.Module):
     """Stands where the vision tower stood: hands cached hidden states `[pictures, layers, tokens, width]` through."""
 
@@ -195,7 +235,7 @@ def _layers(config: LlavaConfig) -> list[int]:
     return [layer] if isinstance(layer, int) else list(layer)
 
 
-def _check_processor(path: Path, config: LlavaConfig, processor: LlavaProcessor) -> None:
+def _check_processor(path: Path, config: LlavaConfig, processor: LlavaProcessor, end: str) -> None:
     tokenizer, rows = processor.tokenizer, config.text_config.vocab_size
     if tokenizer.convert_tokens_to_ids(PLACEHOLDER) != config.image_token_id:
         raise ValueError(
@@ -206,8 +246,7 @@ def _check_processor(path: Path, config: LlavaConfig, processor: LlavaProcessor)
             f"{path}: the model has {rows} words, the tokenizer {len(tokenizer)}; the rest would take part in every "
             f"loss. `python -m llava.checkpoint assemble --llm {path} --out DIR` takes it away"
         )
-    if tokenizer.eos_token != VICUNA.end:
-        end = VICUNA.end
+    if tokenizer.eos_token != end:
         raise ValueError(f"{path}: turns end in {end} but the tokenizer's end of text is {tokenizer.eos_token!r}")
     if tokenizer.pad_token_id in (None, config.image_token_id):
         raise ValueError(f"{path}: the tokenizer needs a pad token of its own; set pad_token in its config")

@@ -28,20 +28,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data.pictures import load_image
 from data.sizes import picture_sizes
 from llava.backbone import AS_IS, Backbone, BaseOptions, embeddings_plus, unwrapped
-from llava.conversation import Template
+from llava.backbones.chatml import CHATML
 from llava.files import check_file, check_tokenizer
 
-CHATML = Template(
-    system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
-    user="<|im_start|>user\n",
-    assistant="<|im_end|>\n<|im_start|>assistant\n",
-    lead="",
-    end="<|im_end|>",
-    placeholder="<|image_pad|>",
-    before="<|vision_start|>",
-    after="<|vision_end|>",
-    gap="\n",
-)
 TOO_LONG = "one side is more than 200 times as long as the other, which this base model refuses; crop the picture"
 
 
