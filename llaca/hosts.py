@@ -73,11 +73,6 @@ def start_alike(recipe: Recipe) -> None:
         heartbeat()
 
 
-def lost(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process has gone."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
-
-
 def _facts(recipe: Recipe) -> dict:
     around, code = environment(), hashlib.sha256()
     for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")):

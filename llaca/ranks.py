@@ -123,9 +123,21 @@ def wait() -> None:
 
 
 def leave() -> None:
-    """Ends the processes' group, when all of them are done: one that just exits may abort in a thread of it."""
-    wait()
+    """Ends the processes' group, when all of them are done: one that just exits may abort in a thread of it.
+
+    For one that has gone before its farewell this process, which is done, does not fail: the other's own exit tells.
+    """
+    try:
+        wait()
+    except RuntimeError as error:
+        if not lost(error):
+            raise
     PartialState().destroy_process_group()
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process has gone."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 def same(value):

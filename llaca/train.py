@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from data.progress import say
-from llaca import hosts, ranks
+from llaca import ranks
 from llaca.config import Recipe, help_of, load_recipe
 from llaca.methods import METHODS
 from llaca.run import Run
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         sys.exit(f"llaca.train: {error}\n(LLACA_TRACEBACK=1 shows where)")
     except RuntimeError as error:
-        if os.environ.get("LLACA_TRACEBACK") or not hosts.lost(error):
+        if os.environ.get("LLACA_TRACEBACK") or not ranks.lost(error):
             raise
         sys.exit(
             f"llaca.train: another process of this run has gone, see its own messages: {error}\n"

@@ -188,3 +188,42 @@ def test_processes_leave_their_group_at_the_end(arguments, tmp_path):  # noqa: F
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*start, "--", str(script), *line], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+FAREWELL = """
+import os
+import sys
+import time
+from llaca import ranks
+
+ranks.start()
+ranks.wait()
+if ranks.rank() == 0:
+    sys.stdout.flush()
+    os._exit(0)
+time.sleep(1)
+ranks.leave()
+print("left")
+"""
+
+
+def test_a_process_that_is_done_does_not_fail_for_one_that_has_gone():
+    """All that had to be done together is done: which of them is the last to leave is chance."""
+    around = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        around["MASTER_PORT"] = str(free.getsockname()[1])
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAREWELL],
+            env={**around, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    told = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], told[1][1]
+    assert told[1][0] == "left\n"
