@@ -36,8 +36,8 @@ class Bar(tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Write the bar, or `msg` in its place, `pos` lines below the cursor. False if the terminal is too low."""
-        lines = abs(self.pos) if pos is None else pos
-        if lines >= (self.nrows or 20) - 1:
+        lines, rows = abs(self.pos) if pos is None else pos, self.nrows or 0
+        if 1 < rows <= lines + 1:  # fewer: the terminal does not know its size
             return False
         text = str(self) if msg is None else msg
         self.fp.write("\n" * lines + f"\r{text}\x1b[K" + "\x1b[A" * lines)
