@@ -9,6 +9,7 @@ groups, the base's instructions choose whose parameters answer, as those of a te
 read by the parameters that the stage itself left.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,3 +94,25 @@ def matrix_of(run: EvaluatedRun) -> pd.DataFrame | None:
     """Accuracy of the base and after every stage, as `score_retained` wrote it; None where it did not."""
     path = run.folder / "retained" / "matrix.csv"
     return pd.read_csv(path, index_col="stage") if path.is_file() else None
+
+
+def write_stages(methods: Mapping[str, Sequence[EvaluatedRun]], out: Path) -> None:
+    """retained.csv: every cell of the runs' matrices; retained.md: a row a method, after every stage the mean over the
+    tasks, ± its standard deviation over the runs. Every run has been scored, on the same stream."""
+    rows, lines, head = [], [], []
+    for label, runs in methods.items():
+        matrices = [matrix_of(run) for run in runs]
+        for run, matrix in zip(runs, matrices, strict=True):
+            cells = matrix.stack().items()
+            rows += [
+                {"method": label, "run": run.name, "stage": stage, "task": task, "accuracy": accuracy}
+                for (stage, task), accuracy in cells
+            ]
+        means = np.array([matrix.mean(axis=1) for matrix in matrices])
+        spread = means.std(0, ddof=1) if len(runs) > 1 else [None] * means.shape[1]
+        told = [f"{m:.1f}" if s is None else f"{m:.1f} ± {s:.1f}" for m, s in zip(means.mean(0), spread, strict=True)]
+        head = ["Method", *matrices[0].index]
+        lines.append([f"{label} (n={len(runs)})", *told])
+    table = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    (out / "retained.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in table), encoding="utf-8")
+    pd.DataFrame(rows).to_csv(out / "retained.csv", index=False, float_format="%.10g")

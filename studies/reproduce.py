@@ -5,8 +5,8 @@
 scripts/reproduce.sh calls it. The runs of each table stand in studies/studies.yaml. A run has the name that
 train_continual.sh gives it, so tables share runs, and what is done is not repeated. --mini: the recipe of CoIN-mini, as
 many runs at a time as there are cores.
-Writes table.{txt,md,csv,tex}, seeds taken together, runs.csv, matrices.csv, costs.md, differences.md and figures into
-DIR (default: runs/tables/NAME, with --scoring legacy NAME-legacy).
+Writes table.{txt,md,csv,tex}, seeds taken together, runs.csv, matrices.csv, costs.md, differences.md, with --retained
+retained.{md,csv}, and figures into DIR (default: runs/tables/NAME, with --scoring legacy NAME-legacy).
 """
 
 import argparse
@@ -27,7 +27,7 @@ from eval.intervals import differences
 from eval.metrics import TEXT_KEYS
 from eval.page import tables_page
 from eval.report import answer, draw, write_table
-from eval.retained import score_retained
+from eval.retained import score_retained, write_stages
 from eval.run_statistics import blind_notes, costs, fallback_notes, format_notes, run_statistics, scoring_notes
 from eval.runs import CELLS, EvaluatedRun, open_run, retained
 from eval.scored import baseline, score_run
@@ -182,6 +182,8 @@ def table(
     if pairs := {words: pair for words, pair in study.get("differences", {}).items() if told.issuperset(pair)}:
         shown = TABLE_METRICS if released else TEXT_KEYS
         (options.out / "differences.md").write_text(differences(behind, pairs, runs, shown), encoding="utf-8")
+    if kept and len(kept) == len(every):
+        write_stages(runs, options.out)
     if len({tuple(run.tasks) for run in every}) == 1:
         draw(runs, metrics, options.out)
     tables_page(found, runs, metrics, options.out)

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pyte
+import pytest
 
 from data import progress as module
 from data.progress import Bar, Lines, progress
@@ -76,10 +77,11 @@ SAID = re.compile(r"(run-[01]: half)?o* *")  # 168 signs: a line and a part of t
 BAR = re.compile(r"(run-[01]): +\d+%\|.+\| (\d+)/2000 \[.*step/s.*\]")
 
 
-def test_bars_of_two_processes_share_a_terminal():
+@pytest.mark.parametrize("rows", [24, 5])
+def test_bars_of_two_processes_share_a_terminal(rows):
     """At every moment every line of the screen is a whole bar, and no run has two that are under way."""
     main, shared = pty.openpty()
-    termios.tcsetwinsize(shared, (24, 100))
+    termios.tcsetwinsize(shared, (rows, 100))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TQDM")}
     settings = {"stdout": shared, "stderr": shared, "cwd": Path(__file__).parents[1], "env": environment}
     runs = [subprocess.Popen([sys.executable, "-c", RUN, f"run-{i}", str(i), "2000"], **settings) for i in (0, 1)]
@@ -89,7 +91,7 @@ def test_bars_of_two_processes_share_a_terminal():
         while part := os.read(main, 65536):
             written += part
     assert [run.wait() for run in runs] == [0, 0]
-    screen = pyte.Screen(100, 24)
+    screen = pyte.Screen(100, rows)
     stream, bars = pyte.Stream(screen), 0
     for frame in re.split(r"(?=(?<!\n)\n*\r(?!\n))", written.decode().replace("\r\n", "\n")):
         stream.feed(frame.replace("\n", "\r\n"))

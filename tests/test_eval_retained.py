@@ -1,6 +1,7 @@
 """What stays of the base: answers against plain generation, losses against transformers' own, and the columns."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from data.mini.folder import STAMP
 from eval import retained as module
 from eval.predict import Answerer
 from eval.report import main as report
-from eval.retained import token_loss
+from eval.retained import token_loss, write_stages
 from eval.runs import open_run, retained
 from eval.tasks import task_of
 from llaca.config import load_recipe
@@ -119,3 +120,23 @@ def test_a_recipe_names_the_folder_and_may_do_so_later(arguments, skill_folder, 
     assert retained(open_run(named)).tasks == [skill for skill, *_ in skills.SKILLS if skill != "point at a thing"]
     with pytest.raises(FileNotFoundError, match=r"retained: .*nowhere is no folder: make it, or name another"):
         retained(open_run(folder), str(tmp_path / "nowhere"))
+
+
+def test_a_studys_stages_are_the_means_of_its_runs(tmp_path):
+    cells = {"a": [[100, 80], [50, 0]], "b": [[100, 60], [30, 20]], "c": [[100, 80], [90, 70]]}  # base, one stage
+    runs = {}
+    for name, rows in cells.items():
+        (tmp_path / name / "retained").mkdir(parents=True)
+        matrix = pd.DataFrame(rows, index=["base", "01-GQA"], columns=["count", "read"])
+        matrix.to_csv(tmp_path / name / "retained" / "matrix.csv", index_label="stage")
+        runs[name] = SimpleNamespace(name=name, folder=tmp_path / name)
+    write_stages({"LoRA": [runs["a"], runs["b"]], "LLaCA": [runs["c"]]}, tmp_path)
+    assert (tmp_path / "retained.md").read_text().splitlines() == [
+        "| Method | base | 01-GQA |",
+        "| --- | ---: | ---: |",
+        "| LoRA (n=2) | 85.0 ± 7.1 | 25.0 ± 0.0 |",
+        "| LLaCA (n=1) | 90.0 | 80.0 |",
+    ]
+    found = pd.read_csv(tmp_path / "retained.csv")
+    assert len(found) == 12
+    assert found[(found.run == "b") & (found.stage == "01-GQA")].accuracy.tolist() == [30, 20]

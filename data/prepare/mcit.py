@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -143,8 +143,8 @@ RELEASES: dict[str, tuple[Path, Callable[[Path, str], tuple[list[Row], list[Row]
 }
 
 
-def prepare(benchmark: str, root: Path, overwrite: bool = False) -> Iterator[str]:
-    """Write a benchmark's tasks/ and benchmark.yaml; yield what was found, a line a task.
+def prepare(benchmark: str, root: Path, overwrite: bool = False) -> list[str]:
+    """Write a benchmark's tasks/ and benchmark.yaml; return what was found, a line a task.
 
     Raises FileNotFoundError or ValueError for a file that is missing or broken, FileExistsError before it would
     overwrite a file that differs.
@@ -158,7 +158,7 @@ def prepare(benchmark: str, root: Path, overwrite: bool = False) -> Iterator[str
             contents[root / "tasks" / task / name] = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
         told.append(f"{task}: {len(train)} training records, {len(test)} questions{ending(train, test)}")
     write_files({path: partial(_write, text) for path, text in contents.items()}, overwrite)
-    yield from told
+    return told
 
 
 def _write(text: str, path: Path) -> None:
