@@ -70,6 +70,8 @@ else:
              "sum": sum(int(item["input_ids"].sum() + item["labels"].sum()) for item in items)}
 told["peak"] = memory("VmHWM")
 print("PROBE " + json.dumps(told), flush=True)
+if hasattr(ranks, "leave"):
+    ranks.leave()
 """
 
 

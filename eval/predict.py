@@ -240,6 +240,7 @@ def main() -> None:
         ranks.wait()
         if ranks.first():
             merge_parts(runs)
+        ranks.leave()
     except (ValueError, OSError) as error:
         if os.environ.get("LLACA_TRACEBACK"):
             raise

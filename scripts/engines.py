@@ -89,6 +89,7 @@ def work_on(work: Path, engine: str, rules: list[str], records: int) -> None:
         counts[rule] = calls
     if ranks.first():
         (work / f"{run_name(engine, 'collectives')}.json").write_text(json.dumps(counts))
+    ranks.leave()
 
 
 def run_name(engine: str, rule: str) -> str:

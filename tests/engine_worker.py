@@ -200,6 +200,7 @@ def main() -> None:
             told[given] = scenario(name, base, Path(data), folder / given.replace(":", "-"), config)
     if ranks.first():
         Path(out).write_text(json.dumps(told))
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -57,8 +57,7 @@ def main() -> None:
     ranks.start()
     if what == "alike":
         Path(f"{out}.{ranks.rank()}").write_text(json.dumps(alike(*given)))
-        ranks.wait()
-        dist.destroy_process_group()
+        ranks.leave()
         return
     hosts.BEAT, hosts.SILENCE = 0.2, 3.0
     hosts.heartbeat()

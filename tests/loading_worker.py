@@ -82,6 +82,7 @@ def main() -> None:
     if ranks.first():
         torch.save({str(s.image): features(s.image) for s in samples if s.image}, f"{out}.features")
         Path(out).write_text(json.dumps(everyone))
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def main() -> None:
         told = train(method, Path(base), Path(data), folder, config, half == "bf16")
         if ranks.first():
             torch.save(told, f"{out}.{engine}.{name}.pt")
+    ranks.leave()
 
 
 if __name__ == "__main__":

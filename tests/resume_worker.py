@@ -147,6 +147,7 @@ def main() -> None:
             key: [f"rank {rank}: {text}" for rank, own in enumerate(everyone) for text in own[key]] for key in told
         }
         Path(out).write_text(json.dumps(found))
+    ranks.leave()
 
 
 if __name__ == "__main__":

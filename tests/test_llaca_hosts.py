@@ -18,6 +18,8 @@ from test_llaca_train import adapters, arguments, mini  # noqa: F401
 from torch.utils.cpp_extension import _get_build_directory
 
 from llaca import ranks
+from llaca.config import load_recipe
+from llaca.train import run
 from scripts.two_hosts import possible
 
 ROOT = Path(__file__).parents[1]
@@ -177,14 +179,18 @@ def test_a_compilation_that_was_killed_is_not_waited_for(tmp_path):
     assert not (folder / "lock").exists()
 
 
-def test_processes_leave_their_group_at_the_end(arguments, tmp_path):  # noqa: F811
-    """One that just exits may abort in a thread of it, and the whole run counts as failed."""
+@pytest.mark.parametrize("module", ["llaca.train", "eval.predict"])
+def test_processes_leave_their_group_at_the_end(arguments, tmp_path, module):  # noqa: F811
+    """One that just exits may abort in a thread of it, and the whole run or its answers count as failed."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys, torch.distributed as dist\nfrom llaca import ranks, train\n"
-        "ranks.start()\nassert dist.is_initialized()\ntrain.main(sys.argv[1:])\nassert not dist.is_initialized()\n"
+        f"import torch.distributed as dist\nfrom llaca import ranks\nfrom {module} import main\n"
+        "ranks.start()\nassert dist.is_initialized()\nmain()\nassert not dist.is_initialized()\n"
     )
     line = [*arguments, "--method", "zero_shot"]
+    if module == "eval.predict":
+        folder = run(load_recipe(line))
+        line = ["--runs-dir", str(folder.parent), "--cells", "final"]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*start, "--", str(script), *line], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

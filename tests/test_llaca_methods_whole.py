@@ -174,8 +174,8 @@ def test_runs_under_zero_2_in_two_processes(arguments, tmp_path):  # noqa: F811
     more = ["--grouping", "true", "--zero", "2", "--batch-size", "4"]
     lines = [[*arguments[:-1], name, "--method", name, *more] for name in names]
     script = tmp_path / "runs.py"  # one start of the processes for all
-    script.write_text(f"from llaca.config import load_recipe\nfrom llaca.train import run\n"
-                      f"for line in {lines}:\n    run(load_recipe(line))\n")  # fmt: skip
+    script.write_text(f"from llaca import ranks\nfrom llaca.config import load_recipe\nfrom llaca.train import run\n"
+                      f"for line in {lines}:\n    run(load_recipe(line))\nranks.leave()\n")  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*TORCHRUN, str(script)], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
