@@ -1,6 +1,7 @@
 """Two small models: a random one shaped like the shipped base (48-pixel pictures, 36 image tokens), and the original
 code's, assembled from its parts, with the numbers that code gave for it."""
 
+import gc
 import json
 from collections import Counter
 from pathlib import Path
@@ -159,6 +160,12 @@ def pytest_collection_modifyitems(items):
     """Files with many long tests come first: a file goes to one worker, and none should be left with one at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish():
+    """What all imports left is out of the garbage collector's sight: accelerate has it look at every stage's end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
