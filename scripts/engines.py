@@ -13,6 +13,7 @@ that add up the same micro-batches in the same way show none; ZeRO 3 and other m
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -66,6 +67,7 @@ def work_on(work: Path, engine: str, rules: list[str], records: int) -> None:
     from llaca import ranks
     from llaca.train import run
 
+    gc.freeze()  # what the imports left, as llaca.train does
     calls = 0
 
     def counted(function):

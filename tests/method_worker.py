@@ -6,6 +6,7 @@ ENGINE is none, for all methods or for no method, or N of scripts/zeroN.json. OU
 weights, those that the method hands on, what it reports and, for PGP, X X^T of every layer's inputs.
 """
 
+import gc
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,7 @@ def train(name: str, base: Path, data: Path, folder: Path, zero: str | None, hal
 
 def main() -> None:
     base, data, out, *given = sys.argv[1:]
+    gc.freeze()  # what the imports left: looking at it, at the end of every training, takes longer than the training
     ranks.start("none" if given[0].startswith("none:") else "2")
     for engine, name in (one.split(":") for one in given):
         method, _, half = name.partition(".")

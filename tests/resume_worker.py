@@ -6,6 +6,7 @@ OUT gets, for every case and step, what differs: the micro-batches that each ran
 """
 
 import copy
+import gc
 import hashlib
 import json
 import shutil
@@ -122,6 +123,7 @@ def differences(whole: tuple, first: tuple, second: tuple) -> list[str]:
 def main() -> None:
     base, data, out, engines, *cases = sys.argv[1:]
     engines = [None if zero == "none" else zero for zero in engines.split(",")]
+    gc.freeze()  # what the imports left: looking at it, at the end of every training, takes longer than the training
     ranks.start("2" if engines[0] else "none")
     torch.manual_seed(0)
     model, backbone = load_base(base)
