@@ -43,7 +43,7 @@ def over_questions(one: Sequence[EvaluatedRun], other: Sequence[EvaluatedRun]) -
     The runs are scored already. None without a common seed, and by legacy scoring, whose accuracies are no means over
     questions.
     """
-    pairs = [(a, b) for a in one for b in other if a.recipe.run.seed == b.recipe.run.seed]
+    pairs = [(a, b) for a in one for b in other if a.seed == b.seed]
     if not pairs or pairs[0][0].scoring == "legacy":
         return None
     apart = []
@@ -73,7 +73,8 @@ def differences(
     behind: pd.DataFrame, pairs: dict[str, list[str]], runs: dict[str, list[EvaluatedRun]], metrics: Sequence[str]
 ) -> str:
     """Row minus row of `run_statistics`, seed by seed, as a GitHub table: mean ± sample standard deviation, in points,
-    and what is known of the first metric's: Student's interval over seeds, the bootstrap's over questions."""
+    and what is known of the first metric's: Student's interval over seeds, the bootstrap's over questions, of `runs`
+    whose answers are there."""
     first = metrics[0]
     head = ["", "Difference", *metrics, "Seeds", f"{first}, 95 % over seeds", f"{first}, 95 % over questions"]
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
@@ -82,7 +83,7 @@ def differences(
         apart = own[[*metrics]].sub(foil[[*metrics]]).dropna()
         spread = [f" ± {apart[metric].std(ddof=1):.1f}" if len(apart) > 1 else "" for metric in metrics]
         cells = [f"{apart[metric].mean():+.1f}{told}" for metric, told in zip(metrics, spread, strict=True)]
-        sure = [over_seeds(apart[first]), over_questions(runs[one], runs[other])]
+        sure = [over_seeds(apart[first]), over_questions(runs.get(one, []), runs.get(other, []))]
         told = ["-" if interval is None else str(interval) for interval in sure]
         lines.append([words, f"{one} - {other}", *cells, str(len(apart)), *told])
     notes = [

@@ -30,6 +30,7 @@ from data.benchmark import open_benchmark
 from data.cache import cache_folder, make_once
 from eval.answered import Answered, answered
 from eval.charts import beta_chart, line_chart, scatter
+from eval.kept import KeptRun
 from eval.metrics import DEFINITIONS
 from eval.retained import matrix_of
 from eval.run_statistics import stories
@@ -184,7 +185,7 @@ def chosen_questions(run: EvaluatedRun, one: Answered, rows: Sequence[dict]) -> 
     every = range(len(one.ids))
     if len(every) <= QUESTIONS:
         return list(every)
-    draw = random.Random(f"{run.recipe.run.seed} {one.task}")
+    draw = random.Random(f"{run.seed} {one.task}")
     first = changed(one, rows)
     first = draw.sample(first, min(len(first), QUESTIONS // 2))
     rest = draw.sample(sorted(set(every) - set(first)), QUESTIONS - len(first))
@@ -336,11 +337,13 @@ def again(run: EvaluatedRun) -> str:
 # --- a table of runs ---
 
 
-def tables_page(table: Table, methods: dict[str, list[EvaluatedRun]], metrics: dict[str, dict], out: Path) -> Path:
+def tables_page(
+    table: Table, methods: dict[str, list[EvaluatedRun | KeptRun]], metrics: dict[str, dict], out: Path
+) -> Path:
     """Writes the page of a table, whose rows are `methods` and others', and returns its path."""
     every = [(label, run) for label, members in methods.items() for run in members]
     points = [
-        {"method": label, "run": run.name, "seed": run.recipe.run.seed,
+        {"method": label, "run": run.name, "seed": run.seed,
          **{key: metrics[run.name][key] for key in ("Avg.ACC", "Forgetting", "New.ACC")}}
         for label, run in every
         if metrics[run.name].get("Forgetting") is not None
@@ -363,8 +366,10 @@ def tables_page(table: Table, methods: dict[str, list[EvaluatedRun]], metrics: d
     return path
 
 
-def link(run: EvaluatedRun, out: Path) -> str | None:
+def link(run: EvaluatedRun | KeptRun, out: Path) -> str | None:
     """The way from a folder of tables to a run's page; None where it has none, or lies elsewhere."""
+    if isinstance(run, KeptRun):
+        return None
     page, runs = output_folder(run).resolve() / "report.html", run.folder.parent.resolve()
     if not page.is_file() or not out.resolve().is_relative_to(runs):
         return None

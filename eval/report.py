@@ -27,6 +27,7 @@ from eval.figures import (
     beta_moves,
     beta_over_steps,
 )
+from eval.kept import KeptRun, named_matrix, write_runs
 from eval.page import run_page, tables_page
 from eval.predict import answer_share, merge_parts
 from eval.published import publish
@@ -39,8 +40,8 @@ from eval.run_statistics import (
     scoring_notes,
 )
 from eval.runs import EvaluatedRun, RetainedRun, arguments, chosen_runs, retained
-from eval.scored import baseline, beta_traces, method_label, output_folder, score_run
-from eval.tables import Table, method_row, read_matrix, results_table
+from eval.scored import baseline, beta_traces, method_label, score_run
+from eval.tables import Table, method_row, results_table
 from eval.tasks import MODES
 from llaca import machine
 
@@ -63,8 +64,8 @@ def by_method(runs: list[EvaluatedRun]) -> dict[str, list[EvaluatedRun]]:
         label = method_label(run)
         if len(rates[label]) > 1:
             label += f" (learning rates {learning_rates(run)})"
-        seeds = [other.recipe.run.seed for other in methods[label]]
-        methods[f"{label} [{run.name}]" if run.recipe.run.seed in seeds else label].append(run)
+        seeds = [other.seed for other in methods[label]]
+        methods[f"{label} [{run.name}]" if run.seed in seeds else label].append(run)
     return methods
 
 
@@ -83,7 +84,7 @@ def summary(runs: list[EvaluatedRun], metrics: dict[str, dict], out: Path, paper
     table = results_table(rows, majority, paper)
     behind = run_statistics(methods, metrics)
     notes = [*scoring_notes(runs[0].scoring, paper), *table.notes, *left_out]
-    notes += [*format_notes(methods, metrics), *blind_notes(methods, metrics, majority), *fallback_notes(behind)]
+    notes += [*format_notes(behind, metrics), *blind_notes(behind, metrics, majority), *fallback_notes(behind)]
     table = replace(table, notes=tuple(notes))
     write_table(table, behind, runs, out)
     draw(methods, metrics, out)
@@ -94,34 +95,26 @@ def summary(runs: list[EvaluatedRun], metrics: dict[str, dict], out: Path, paper
     return table.text()
 
 
-def write_table(table: Table, behind: pd.DataFrame, runs: list[EvaluatedRun], out: Path) -> None:
-    """table.{txt,md,csv,tex}, and what lies behind it: runs.csv (`run_statistics`) and matrices.csv, all cells of all
-    runs."""
+def write_table(table: Table, behind: pd.DataFrame, runs: list[EvaluatedRun | KeptRun], out: Path) -> None:
+    """table.{txt,md,csv,tex}, and what lies behind it (eval/kept.py)."""
     out.mkdir(parents=True, exist_ok=True)
     for suffix, render in FORMATS.items():
         (out / f"table.{suffix}").write_text(render(table), encoding="utf-8")
-    behind.to_csv(out / "runs.csv", index=False, float_format="%.4g")
-    cells = []
-    for run in runs:
-        A, stages, tasks = read_matrix(output_folder(run) / "matrix.csv")
-        found = pd.DataFrame(A, index=stages, columns=tasks).stack().dropna()
-        cells += [(run.name, stage, task, accuracy) for (stage, task), accuracy in found.items()]
-    frame = pd.DataFrame(cells, columns=["run", "stage", "task", "accuracy"])
-    frame.to_csv(out / "matrices.csv", index=False, float_format="%.10g")
+    write_runs(behind, runs, out)
 
 
-def draw(methods: dict[str, list[EvaluatedRun]], metrics: dict[str, dict], out: Path) -> None:
+def draw(methods: dict[str, list[EvaluatedRun | KeptRun]], metrics: dict[str, dict], out: Path) -> None:
     """The figures over methods: every matrix (mean over seeds), accuracy over the stages (if the lines can be told
-    apart), Avg.ACC against Forgetting, and beta over the steps of the first run of each method whose beta moves."""
+    apart), Avg.ACC against Forgetting, and beta over the steps of the first run of each method whose beta moves, and
+    whose steps are still there."""
     lines, points, betas = {}, {}, {}
     for label, members in methods.items():
-        matrices = [read_matrix(output_folder(run) / "matrix.csv")[0] for run in members]
-        lines[label] = (np.mean(matrices, axis=0), members[0].tasks)
+        lines[label] = (np.mean([named_matrix(run)[0] for run in members], axis=0), members[0].tasks)
         if metrics[members[0].name]["Forgetting"] is not None:
             points[label] = np.array([[metrics[m.name][k] for k in ("Avg.ACC", "Forgetting")] for m in members])
-        traces = beta_traces(members[0])
+        traces = [] if isinstance(members[0], KeptRun) else beta_traces(members[0])
         if beta_moves(traces):
-            betas[f"{label}, seed {members[0].recipe.run.seed}"] = traces
+            betas[f"{label}, seed {members[0].seed}"] = traces
     if len(lines) <= LINES:
         accuracy_over_stages(lines, out / "accuracy_over_stages.png")
     if points:

@@ -26,7 +26,7 @@ def run_statistics(methods: dict[str, list[EvaluatedRun]], metrics: dict[str, di
             {
                 "run": run.name,
                 "method": label,
-                "seed": run.recipe.run.seed,
+                "seed": run.seed,
                 "commit": " ".join(commits),
                 "minutes": sum(story["seconds"] for story in told) / 60,
                 "steps": (steps := sum(story["steps"] for story in told)),
@@ -34,6 +34,7 @@ def run_statistics(methods: dict[str, list[EvaluatedRun]], metrics: dict[str, di
                 "seconds per step": sum(story["seconds"] for story in told) / steps if steps else None,
                 "peak GB": most(told, "peak_memory_bytes", 1e9),
                 **{key: metrics[run.name][key] for key in (*KEYS, *TEXT_KEYS) if key in metrics[run.name]},
+                "dropped records": sum(story["dropped_records"] for story in told),
                 "averaged stages": len(averaged),
                 **{
                     key: np.average([s[key] for s in averaged], weights=[s["steps"] for s in averaged])
@@ -110,14 +111,12 @@ def majority_notes(found: dict[str, Majority]) -> list[str]:
     return notes
 
 
-def blind_notes(
-    methods: dict[str, list[EvaluatedRun]], metrics: dict[str, dict], majority: dict[str, float]
-) -> list[str]:
+def blind_notes(behind: pd.DataFrame, metrics: dict[str, dict], majority: dict[str, float]) -> list[str]:
     """Of each method the tasks that it answers no better, right after their own stage, than the question-only majority
     does, which never sees a picture or a text."""
     notes = []
-    for label, members in methods.items():
-        told = [metrics[run.name]["learnt"] for run in members if metrics[run.name].get("learnt")]
+    for label, members in behind.groupby("method", sort=False)["run"]:
+        told = [metrics[run]["learnt"] for run in members if metrics[run].get("learnt")]
         means = {task: float(np.mean([own[task] for own in told])) for task in (told[0] if told else ())}
         if blind := [
             f"{task} {mean:.1f} (majority {majority[task]:.1f})"
@@ -132,19 +131,17 @@ def blind_notes(
     return notes
 
 
-def format_notes(methods: dict[str, list[EvaluatedRun]], metrics: dict[str, dict]) -> list[str]:
+def format_notes(behind: pd.DataFrame, metrics: dict[str, dict]) -> list[str]:
     """Of each method the share of answers in the form that their task asks for, where it is not all of them: what is
     lost there may be the form of an answer, not its content. And the records and questions that were left out."""
     notes = []
-    for label, members in methods.items():
-        tasks = members[0].tasks
-        rates = {task: float(np.mean([metrics[run.name]["format"][task] for run in members])) for task in tasks}
-        if told := [f"{task} {rate:.1f}" for task, rate in rates.items() if rate < 99.95]:
+    for label, members in behind.groupby("method", sort=False):
+        known = pd.DataFrame([metrics[run].get("format", {}) for run in members["run"]])
+        if told := [f"{task} {rate:.1f}" for task, rate in known.mean().items() if rate < 99.95]:
             notes.append(f"{label}: answers in the task's form, where not all, in percent: {', '.join(told)}.")
-        if dropped := sum(story["dropped_records"] for run in members for story in stories(run)):
+        if dropped := int(members["dropped records"].sum()):
             notes.append(f"{label}: {dropped:,} broken records were left out of training.")
-    shown = [metrics[run.name] for members in methods.values() for run in members]
-    unscored = {task: n for known in shown for task, n in known["left_out"].items() if n}
+    unscored = {task: n for run in behind["run"] for task, n in metrics[run].get("left_out", {}).items() if n}
     notes += [f"{task}: {n:,} questions that cannot be scored were left out." for task, n in unscored.items()]
     return notes
 

@@ -60,6 +60,10 @@ class EvaluatedRun:
         return self.folder.name
 
     @property
+    def seed(self) -> int:
+        return self.recipe.run.seed
+
+    @property
     def tasks(self) -> list[str]:
         """The columns of the matrix: the tasks in training order."""
         return ordered(self.recipe.stream.tasks, self.recipe.stream.order)

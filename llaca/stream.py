@@ -171,7 +171,7 @@ def freeze_run(recipe: Recipe) -> Path:
         for name in ("stages", "tensorboard"):
             shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    now = {**recipe.flat(), "inputs": {name: checksum(path) for name, path in input_files(recipe).items()}}
+    now = {**recipe.flat(), "inputs": input_checksums(recipe)}
     write_atomically(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
     write_atomically(folder / "recipe.yaml", yaml.safe_dump(now, sort_keys=False))
     return folder
@@ -208,6 +208,11 @@ def input_files(recipe: Recipe) -> dict[str, Path]:
         engine = deepspeed_file(recipe.engine.zero)
         files[engine.name] = engine
     return files | {task: train_file(stream.data_root, stream.instructions, task) for task in stream.tasks}
+
+
+def input_checksums(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of each of them."""
+    return {name: checksum(path) for name, path in input_files(recipe).items()}
 
 
 @contextmanager

@@ -18,3 +18,5 @@ PATH="$PWD/.venv/bin:$PATH"
 export PATH PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # One thread a process: two runs side by side use two cores better than one run uses both.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+# Nothing here is compiled; bitsandbytes, which transformers' Trainer imports, would load the compiler at every start.
+export TORCHDYNAMO_DISABLE="${TORCHDYNAMO_DISABLE:-1}"

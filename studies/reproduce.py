@@ -1,12 +1,13 @@
 """A table of the paper by one command: trains what is missing, evaluates it, puts the paper's numbers beside ours.
 
-    python -m studies.reproduce table1 [--mini] [--seeds 0 1 2] [--out DIR] [--rows LLaCA LoRA]
+    python -m studies.reproduce table1 [--mini] [--seeds 0 1 2] [--out DIR] [--rows LLaCA LoRA] [--keep]
 
 scripts/reproduce.sh calls it. The runs of each table stand in studies/studies.yaml. A run has the name that
 train_continual.sh gives it, so tables share runs, and what is done is not repeated. --mini: the recipe of CoIN-mini, as
-many runs at a time as there are cores.
-Writes table.{txt,md,csv,tex}, seeds taken together, runs.csv, matrices.csv, costs.md, differences.md, with --retained
-retained.{md,csv}, and figures into DIR (default: runs/tables/NAME, with --scoring legacy NAME-legacy).
+many runs at a time as there are cores. --keep: a table may be made in several calls, on several machines; of what an
+earlier call made, DIR holds what the table needs, and the run folders may be gone.
+Writes table.{txt,md,csv,tex}, seeds taken together, runs.csv, matrices.csv, recipes.json, costs.md, differences.md,
+with --retained retained.{md,csv}, and figures into DIR (default: runs/tables/NAME, with --scoring legacy NAME-legacy).
 """
 
 import argparse
@@ -24,6 +25,7 @@ import yaml
 
 from data.benchmark import open_benchmark
 from eval.intervals import differences
+from eval.kept import KeptRun, read_runs
 from eval.metrics import TEXT_KEYS
 from eval.page import tables_page
 from eval.report import answer, draw, write_table
@@ -113,21 +115,49 @@ def printed_rows(study: dict[str, Any], tasks: Sequence[str]) -> dict[str, Row]:
     return found
 
 
+def kept_rows(
+    study: dict[str, Any], recipes: dict[str, list[Recipe]], options: argparse.Namespace
+) -> dict[str, list[KeptRun]]:
+    """With --keep, the rows that the table in --out has already, those apart that --rows names, which are made anew.
+
+    Raises ValueError for a row of other seeds, or trained by another recipe or from other files than asked for now.
+    """
+    if not options.keep:
+        return {}
+    there = read_runs(options.out)
+    kept = {label: there[label] for label in study["rows"] if label in there and label not in options.rows}
+    for label, members in kept.items():
+        remedy = f"make the row anew: --keep --rows '{label}'"
+        if (seeds := sorted(run.seed for run in members)) != sorted(options.seeds):
+            raise ValueError(f"{options.out}: {label} is of the seeds {seeds}, not {sorted(options.seeds)}; {remedy}")
+        by_seed = {recipe.run.seed: recipe for recipe in recipes[label]}
+        for run in members:
+            if lines := run.differs(by_seed[run.seed]):
+                told = "".join(f"  {line}\n" for line in lines)
+                raise ValueError(f"{options.out}: {run.name} was trained by another recipe:\n{told}{remedy}")
+    return kept
+
+
 def reproduce(name: str, options: argparse.Namespace, more: list[str]) -> str:
     """Trains and evaluates the runs of a study; writes its table and returns it as text."""
     study = studies()[name]
-    if options.rows:
-        if unknown := [row for row in options.rows if row not in study["rows"]]:
-            raise ValueError(f"{name} has no row '{unknown[0]}'; it has {', '.join(study['rows'])}")
+    if unknown := [row for row in options.rows if row not in study["rows"]]:
+        raise ValueError(f"{name} has no row '{unknown[0]}'; it has {', '.join(study['rows'])}")
+    if options.rows and not options.keep:
         study["rows"] = {label: study["rows"][label] for label in options.rows}
     lines = command_lines(study, options.mini, options.seeds, ["--runs-dir", str(options.runs_dir), *more])
     recipes = {label: [load_recipe(line) for line in own] for label, own in lines.items()}
-    every = [recipe for own in recipes.values() for recipe in own]
+    for different in {own[0].stream.instructions: own[0] for own in recipes.values()}.values():
+        prepare_data(different)
+    kept = kept_rows(study, recipes, options)
+    wanted = [label for label in study["rows"] if label not in kept and (not options.rows or label in options.rows)]
+    study["rows"] = {label: row for label, row in study["rows"].items() if label in kept or label in wanted}
+    flat = [line for label in wanted for line in lines[label]]
+    every = [recipe for label in wanted for recipe in recipes[label]]
+    if not every:
+        raise ValueError(f"{options.out} has every row; name those to make anew with --rows")
     for asked in every:
         method_of(asked)  # raises now for what the last of the runs would refuse
-    for different in {recipe.stream.instructions: recipe for recipe in every}.values():
-        prepare_data(different)
-    flat = [line for own in lines.values() for line in own]
     waiting = [line for line, own in zip(flat, every, strict=True) if not is_done(own)]
     minutes, launcher = (
         every[0].run.expected_minutes,
@@ -135,61 +165,79 @@ def reproduce(name: str, options: argparse.Namespace, more: list[str]) -> str:
     )
     side_by_side = machine.side_by_side() if launcher.name == "python" else 1
     print(f"{study['title']}\n{len(flat)} runs, of which {len(flat) - len(waiting)} are done", end="")
+    print(f"; {len(kept)} rows are kept" if kept else "", end="")
     print(f": about {minutes * -(-len(waiting) // side_by_side):.0f} minutes" if minutes else "", flush=True)
     start = time.monotonic()
     if status := run_all([launcher.line(line) for line in waiting], side_by_side):
         sys.exit(status)
-    folders = {label: [Path(r.run.runs_dir) / r.run.run for r in own] for label, own in recipes.items()}
-    runs = {label: [open_run(folder, options.split, options.cells) for folder in own] for label, own in folders.items()}
-    for run in (run for own in runs.values() for run in own):
-        run.scoring = options.scoring
-    return table(study, runs, options, time.monotonic() - start)
+    rows: dict[str, list[EvaluatedRun | KeptRun]] = {}
+    for label in study["rows"]:
+        folders = [Path(r.run.runs_dir) / r.run.run for r in recipes[label]]
+        rows[label] = kept.get(label) or [open_run(folder, options.split, options.cells) for folder in folders]
+    return table(study, rows, options, time.monotonic() - start)
 
 
 def table(
-    study: dict[str, Any], runs: dict[str, list[EvaluatedRun]], options: argparse.Namespace, seconds: float
+    study: dict[str, Any], rows: dict[str, list[EvaluatedRun | KeptRun]], options: argparse.Namespace, seconds: float
 ) -> str:
     """Scores the runs and writes the table, the runs' facts and the figures; returns the table as text."""
+    runs = {label: own for label, own in rows.items() if isinstance(own[0], EvaluatedRun)}
     every = [run for own in runs.values() for run in own]
+    for run in every:
+        run.scoring = options.scoring
     answer(every, options)
     metrics = {run.name: score_run(run) for run in every}
-    kept = {run.name: own for run in every if (own := retained(run, options.retained))}
-    if kept:
-        answer(list(kept.values()), options)
-    for name, own in kept.items():
+    measured = {run.name: own for run in every if (own := retained(run, options.retained))}
+    if measured:
+        answer(list(measured.values()), options)
+    for name, own in measured.items():
         metrics[name] |= score_retained(own)
+    earlier = [run for own in rows.values() for run in own if isinstance(run, KeptRun)]
+    metrics |= {run.name: run.metrics for run in earlier}
     stream, split = every[0].recipe.stream, every[0].split
-    printed, rows = printed_rows(study, stream.tasks), []
-    for label, own in runs.items():
-        rows.append(method_row(label, [metrics[run.name] for run in own]))
-        rows += [printed[label]] if label in printed else []
-    behind = run_statistics(runs, metrics)
+    printed, lines = printed_rows(study, stream.tasks), []
+    for label, own in rows.items():
+        lines.append(method_row(label, [metrics[run.name] for run in own]))
+        lines += [printed[label]] if label in printed else []
+    made = run_statistics(runs, metrics).set_index("method")
+    told = pd.DataFrame([dict(run.told) for run in earlier]).set_index("method") if earlier else made[:0]
+    behind = pd.concat([(made if label in runs else told).loc[[label]] for label in rows]).reset_index()
+    behind = behind[["run", "method", *behind.columns.drop(["run", "method"])]]
     majority, left_out = baseline(every[0])
-    found = results_table(rows, majority)
+    found = results_table(lines, majority)
     where = f", on {open_benchmark(stream.data_root).name} with the small base" if options.mini else ""
     notes = [f"{study['title']}{where}; {split} split.", *study.get("notes", [])]
     wordings = {run.recipe.stream.instructions for run in every}
     notes += [f"The majority row is of the {stream.instructions} instructions."] if len(wordings) > 1 else []
     whose = study.get("printed", "of the 7B or 13B model on CoIN")
     notes += [f"Lines marked 'printed' are the paper's, {whose}."] if printed else []
+    notes += kept_notes(earlier)
     released = "AR" not in metrics[every[0].name]  # ROUGE-L is the same whoever computes it
     notes += scoring_notes(every[0].scoring, bool(printed) and released)
-    notes += [*found.notes, *left_out, *format_notes(runs, metrics), *blind_notes(runs, metrics, majority)]
+    notes += [*found.notes, *left_out, *format_notes(behind, metrics), *blind_notes(behind, metrics, majority)]
     found = replace(found, notes=(*notes, *fallback_notes(behind)))
-    write_table(found, behind, every, options.out)
+    write_table(found, behind, [run for own in rows.values() for run in own], options.out)
     (options.out / "costs.md").write_text(costs(behind), encoding="utf-8")
     told = set(study["rows"])
     if pairs := {words: pair for words, pair in study.get("differences", {}).items() if told.issuperset(pair)}:
         shown = TABLE_METRICS if released else TEXT_KEYS
         (options.out / "differences.md").write_text(differences(behind, pairs, runs, shown), encoding="utf-8")
-    if kept and len(kept) == len(every):
+    if measured and len(measured) == len(every):
         write_stages(runs, options.out)
-    if len({tuple(run.tasks) for run in every}) == 1:
-        draw(runs, metrics, options.out)
-    tables_page(found, runs, metrics, options.out)
+    if len({tuple(run.tasks) for own in rows.values() for run in own}) == 1:
+        draw(rows, metrics, options.out)
+    tables_page(found, rows, metrics, options.out)
     print(f"\n{found.text()}\nTables (txt, md, csv, tex) and figures: {options.out}")
     print(f"{seconds / 60:.1f} minutes of training in this call")
     return found.text()
+
+
+def kept_notes(earlier: list[KeptRun]) -> list[str]:
+    """The line under a table on the rows of earlier calls."""
+    unknown = [run for run in earlier if run.recipe is None]
+    told = f"; the recipes of {len(unknown)} were not recorded, and were not compared" if unknown else ""
+    what = "are of earlier calls, at the commits that runs.csv names"
+    return [f"{len(earlier)} of the runs {what}{told}."] if earlier else []
 
 
 def main(given: list[str] | None = None) -> None:
@@ -198,7 +246,7 @@ def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="reproduce",
         description=__doc__.splitlines()[0],
-        epilog="\n".join(["studies:", *(f"  {name:16s}{study['title']}" for name, study in known.items())]),
+        epilog="\n".join(["studies:", *(f"  {name:18s}{study['title']}" for name, study in known.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -206,6 +254,11 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--mini", action="store_true", help="CoIN-mini and the small base, on a CPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", default=[], help="only these rows")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="take rows that --out's table has from there, and make the rest, or, with --rows, those alone",
+    )
     parser.add_argument("--split", choices=["test", "dev"], default="test")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path)

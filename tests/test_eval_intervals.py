@@ -27,10 +27,9 @@ def scored(folder: Path, seed: int, scores: dict[str, list[float]], scoring: str
         path.parent.mkdir(parents=True, exist_ok=True)
         frame = pd.DataFrame({"question_id": [f"0{n}" for n in range(len(values))], "official": values})
         frame.sample(frac=1, random_state=seed).to_csv(path, index=False)  # in whatever order
-    seeds = SimpleNamespace(run=SimpleNamespace(seed=seed))
     rows = [("last", dict.fromkeys(scores, "last"))]
     return SimpleNamespace(
-        folder=folder / str(seed), split="test", scoring=scoring, recipe=seeds, tasks=list(scores), rows=rows
+        folder=folder / str(seed), split="test", scoring=scoring, seed=seed, tasks=list(scores), rows=rows
     )
 
 
@@ -93,17 +92,16 @@ def test_one_seed_has_no_spread(tmp_path):
 
 
 def test_a_method_that_learns_no_more_than_the_majority_is_told():
-    run = {name: SimpleNamespace(name=name) for name in ("a", "b", "base")}
     metrics = {
         "a": {"learnt": {"GQA": 40.0, "VQAv2": 20.0}},
         "b": {"learnt": {"GQA": 50.0, "VQAv2": 30.0}},
         "base": {},
     }
-    methods = {"LoRA": [run["a"], run["b"]], "Zero-shot": [run["base"]]}
-    [note] = blind_notes(methods, metrics, {"GQA": 44.0, "VQAv2": 25.0})
+    behind = pd.DataFrame({"method": ["LoRA", "LoRA", "Zero-shot"], "run": ["a", "b", "base"]})
+    [note] = blind_notes(behind, metrics, {"GQA": 44.0, "VQAv2": 25.0})
     assert note.startswith("LoRA: no better than the question-only majority right after the task's own stage, 1 of 2")
     assert "VQAv2 25.0 (majority 25.0)" in note and "GQA" not in note
-    assert not blind_notes(methods, metrics, {"GQA": 44.0, "VQAv2": 24.0})
+    assert not blind_notes(behind, metrics, {"GQA": 44.0, "VQAv2": 24.0})
 
 
 def test_overlap_is_what_another_tasks_answers_would_score(mini, tmp_path):  # noqa: F811

@@ -79,8 +79,8 @@ FROZEN = ["1.gathered-frozen", "2.gathered-frozen"]  # their mergers stay as the
 OTHERS = [*QWEN, "3.text", "4.turns", *FROZEN, "0.gathered"]
 SCENARIOS = {
     "none": ["clipped", "unclipped", "plain", "bf16", "missing", "nan", *OTHERS],
-    "0": [*OTHERS],
-    "1": [*OTHERS],
+    "0": ["1.plain", "4.turns"],
+    "1": ["2.turns", "3.text"],
     "2": ["clipped", "unclipped", "plain", "bf16", "text", "turns", "missing", "nan", "late", *OTHERS],
     "3": ["clipped", "unclipped", "plain", "bf16", "sharded", "sharded-bf16", "still-bf16", "text", "turns", "missing",
           "nan", "late", *OTHERS, "1.sharded", "2.sharded"],
@@ -127,7 +127,7 @@ def test_two_processes_train_as_one_and_stop_for_a_missing_gradient(alone, toget
 def test_two_processes_train_other_families_as_one(alone, together, zero):
     """Pictures of several sizes, packed; also steps with a picture on one rank alone, and on none. T5 has none."""
     told = together(zero)
-    for name in OTHERS:
+    for name in filter(SCENARIOS[zero].__contains__, OTHERS):
         assert told[name]["norms"] == pytest.approx(alone[name]["norms"], rel=5e-5), name
         assert told[name]["sum"] == pytest.approx(alone[name]["sum"], rel=1e-4, abs=1e-4), name
         trains = name in QWEN or name in ("4.turns", "0.gathered")

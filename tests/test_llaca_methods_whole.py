@@ -92,6 +92,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 HALF = ("agem.bf16", "pgp.bf16", "ewc.bf16")
 COMPUTED = ("agem", "bema", "ccfi", "cofima", "coma", "dgg", "discriminant_router", "dsee", "ewc", "l2", "lwf",
             "magmax", "model_tailor", "moelora", "olora", "pgp", "rcl", "reglora", "replay", "sd_lora")  # fmt: skip
+CHANGING = ("agem", "discriminant_router", "ewc", "pgp", "rcl")  # gradients, steps, what is added up, and the loss
 
 
 def work(base: Path, data: Path, out: Path, launch: list[str], methods: dict[str, tuple[str, ...]]) -> dict:
@@ -119,7 +120,7 @@ def together(tiny_base, tiny_data, tmp_path_factory):
 
     @cache
     def start(deepspeed: bool) -> dict:
-        methods = {"1": COMPUTED, "2": (*COMPUTED, *HALF)} if deepspeed else {"none": COMPUTED}
+        methods = {"1": CHANGING, "2": (*COMPUTED, *HALF)} if deepspeed else {"none": COMPUTED}
         return work(tiny_base, tiny_data, tmp_path_factory.mktemp("together") / "told", TORCHRUN, methods)
 
     return lambda zero: start(zero != "none")[zero]
@@ -130,8 +131,8 @@ def together(tiny_base, tiny_data, tmp_path_factory):
 def test_two_processes_train_as_one(alone, together, zero):
     """Under ZeRO the partitions meet inside a row of a tensor, whose projection takes both ranks."""
     told = together(zero)
-    for name, one in alone.items():
-        two = told[name]
+    for name in CHANGING if zero == "1" else COMPUTED:
+        one, two = alone[name], told[name]
         assert one["moved"] > 0 and two["shown"], "the model computes with the weights that the method wrote"
         for key, weight in one["weights"].items():
             assert (two["weights"][key] - weight).norm() <= 1e-5 * weight.norm(), (name, key)

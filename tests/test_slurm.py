@@ -103,7 +103,7 @@ def test_the_signal_goes_to_the_steps_and_the_log_outlives_the_next_start():
 @pytest.mark.slow
 def test_a_job_on_two_nodes_is_stopped_and_goes_on_as_one_on_one_node(cluster, arguments, tmp_path):  # noqa: F811
     """SLURM sends SIGTERM to every process of the step, and kills what is left when the first one has ended."""
-    flags = ["--grouping", "false", "--tasks", "TextVQA", "GQA", "--batch-size", "4", "--epochs", "20"]
+    flags = ["--grouping", "false", "--tasks", "TextVQA", "GQA", "--batch-size", "4", "--epochs", "10"]
     flags += ["--logging-steps", "4", "--runs-dir", str(tmp_path / "runs"), "--run"]
     launch = [sys.executable, "-m", "llaca.launch", "--launcher", "torchrun", "--num-gpus", "2"]
     line = [*launch, "--recipe", arguments[1], "--method", "llaca", *flags, "whole"]

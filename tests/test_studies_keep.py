@@ -1,0 +1,79 @@
+"""A table made in several calls, of which the earlier ones' runs are gone, is the table of one call."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from test_llaca_train import arguments, mini  # noqa: F401
+
+from llaca.train import main as train
+from studies import reproduce
+
+ROWS = ["LoRA", "LLaCA", "LoRA + grouping"]
+
+
+@pytest.fixture
+def call(arguments, tmp_path, monkeypatch):  # noqa: F811
+    """Calls Table 6 with flags; the runs train in this process."""
+    monkeypatch.setattr(reproduce, "MINI", Path(arguments[1]))
+    monkeypatch.setattr("llaca.train.ranks.leave", lambda: None)
+
+    def run_all(lines, side_by_side):
+        for line in lines:
+            train(line[line.index("llaca.train") + 1 :])
+
+    monkeypatch.setattr(reproduce, "run_all", run_all)
+
+    def made(out: str, *flags: str, seeds: tuple[str, ...] = ("0",)) -> Path:
+        usual = ["--seeds", *seeds, "--runs-dir", str(tmp_path / "runs"), "--max-train-samples", "8"]
+        reproduce.main(["table6", "--mini", *usual, "--out", str(tmp_path / out), *flags])
+        return tmp_path / out
+
+    return made
+
+
+def test_kept_rows_are_those_that_were_made(call, tmp_path, capsys):
+    seeds = ("0", "1")
+    whole = call("whole", "--rows", *ROWS, seeds=seeds)
+    parts = call("parts", "--rows", *ROWS[:2], seeds=seeds)
+    for folder in (tmp_path / "runs").glob("l*"):
+        if "grouping" not in folder.name:
+            shutil.rmtree(folder)
+    call("parts", "--keep", "--rows", ROWS[2], seeds=seeds)
+    assert "2 runs, of which 2 are done; 2 rows are kept" in capsys.readouterr().out
+    for name in ("runs.csv", "matrices.csv", "recipes.json", "costs.md"):
+        assert (parts / name).read_text() == (whole / name).read_text(), name
+    ours, theirs = ((folder / "table.md").read_text().splitlines() for folder in (parts, whole))
+    told = "- 4 of the runs are of earlier calls, at the commits that runs.csv names."
+    assert [line for line in ours if line != told] == theirs and told in ours
+    ours, theirs = ((folder / "differences.md").read_text().splitlines() for folder in (parts, whole))
+    assert [line.rsplit("|", 2)[0] for line in ours] == [line.rsplit("|", 2)[0] for line in theirs]
+    assert ours[2].endswith("| - |") and not theirs[2].endswith("| - |"), "answers of kept rows are not there"
+    for name in ("accuracy_matrices.png", "average_vs_forgetting.png", "accuracy_over_stages.png"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_what_does_not_fit_is_not_kept(call):
+    out = call("out", "--rows", *ROWS[:2])
+    for told, flags in {
+        "another recipe:\n  learning_rate: 0.01 there, 5.0 now\nmake the row anew": ["--learning_rate", "5"],
+        r"is of the seeds \[0\], not \[0, 1\]; make the row anew: --keep --rows 'LoRA'": ["--seeds", "0", "1"],
+    }.items():
+        with pytest.raises(SystemExit, match=told):
+            call("out", "--keep", *flags)
+    with pytest.raises(SystemExit, match="no table was written there; leave --keep out"):
+        call("nowhere", "--keep")
+    written = json.loads((out / "recipes.json").read_text())
+    written["all"]["inputs"]["GQA"] = "0" * 64
+    (out / "recipes.json").write_text(json.dumps(written))
+    with pytest.raises(SystemExit, match="checksum of GQA: '0000"):
+        call("out", "--keep")
+    call("out", "--keep", "--rows", *ROWS[:2])
+    (out / "recipes.json").unlink()
+    call("out", "--keep", "--rows", "LoRA")
+    note = "1 of the runs are of earlier calls, at the commits that runs.csv names; the recipes of 1 were not recorded"
+    assert note in (out / "table.md").read_text()
+    (out / "matrices.csv").write_text("run,stage,task,accuracy\n")
+    with pytest.raises(SystemExit, match=r"is in runs\.csv and not in matrices\.csv"):
+        call("out", "--keep")
