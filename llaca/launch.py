@@ -16,7 +16,7 @@ import torch
 from data.benchmark import open_benchmark
 from data.check import check_benchmark
 from data.mini import build as coin_mini
-from data.mini import fourfold, skills
+from data.mini import fourfold, skills, small
 from data.mini import text_stream as dialog_mini
 from llaca import machine
 from llaca.config import DEFAULT_RECIPE, Recipe, load_recipe
@@ -34,6 +34,7 @@ GENERATED = {
     Path("data/coin_mini"): coin_mini,
     Path("data/coin_mini_fourfold"): fourfold,
     Path("data/coin_mini_skills"): skills,
+    Path("data/coin_small"): small,
     Path("data/dialog_mini"): dialog_mini,
 }
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]

@@ -32,7 +32,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data.mini import corpus
 from data.mini.tasks import TASKS
-from data.mini.world import AUTHORS, COLORS, GENRES, GLYPHS, GRID, SHAPES, SIDE, SIGNS, TITLES, Scene, draw
+from data.mini.world import AUTHORS, COLORS, GENRES, GLYPHS, GRID, MINI, SHAPES, SIDE, SIGNS, TITLES, Scene, draw
 from llava.backbones.llava15 import PLACEHOLDER, SYSTEM, VICUNA
 from llava.backbones.qwen_vl import Qwen3VL, Qwen25VL
 
@@ -80,7 +80,7 @@ def learn_pieces(instructions: Path, more: Sequence[str], samples: int = 20_000)
     for _ in range(samples):
         texts += [text for turn in corpus.conversation(rng, 9)[1] + corpus.text_only(rng) for text in turn]
     for task in TASKS.values():
-        texts += [text for _ in range(samples // 10) for turn in task(rng).turns for text in turn]
+        texts += [text for _ in range(samples // 10) for turn in task(MINI, rng).turns for text in turn]
     words = json.loads(instructions.read_text())["instructions"]
     texts += [text for sets in words.values() for lines in sets.values() for text in lines] * 50
     texts = [f"{text}\n{text}" for text in texts] + [*more] * 50

@@ -30,7 +30,7 @@ def small(tmp_path_factory):
 
 def samples(task: str, count: int, seed: int = 0):
     rng = random.Random(seed)
-    return [TASKS[task](rng) for _ in range(count)]
+    return [TASKS[task](world.MINI, rng) for _ in range(count)]
 
 
 def test_names_are_distinct_words_of_the_unicode_names():
@@ -43,7 +43,11 @@ def test_names_are_distinct_words_of_the_unicode_names():
 
 def test_pictures_fit_in_64_pixels_and_some_are_not_square():
     rng = random.Random(0)
-    sizes = [world.draw(make(rng)).size for make in (scenes.portrait, scenes.group, scenes.cover) for _ in range(30)]
+    sizes = [
+        world.draw(make(world.MINI, rng)).size
+        for make in (scenes.portrait, scenes.group, scenes.cover)
+        for _ in range(30)
+    ]
     assert max(max(size) for size in sizes) <= 64
     assert len({w == h for w, h in sizes}) == 2
 
@@ -52,7 +56,7 @@ def test_pictures_fit_in_64_pixels_and_some_are_not_square():
 def test_things_lie_inside_the_picture_and_apart(maker):
     rng = random.Random(1)
     for _ in range(100):
-        scene = maker(rng)
+        scene = maker(world.MINI, rng)
         for i, thing in enumerate(scene.things):
             x1, y1, x2, y2 = thing.box
             assert 0 <= x1 < x2 <= scene.size[0] and 0 <= y1 < y2 <= scene.size[1]
@@ -65,7 +69,7 @@ def test_things_lie_inside_the_picture_and_apart(maker):
 def test_the_padded_box_is_where_the_thing_is_in_the_padded_picture():
     rng = random.Random(2)
     for _ in range(50):
-        scene = scenes.group(rng)
+        scene = scenes.group(world.MINI, rng)
         thing = scene.things[0]
         picture = world.draw(scene)
         square = Image.new("RGB", (world.SIDE, world.SIDE))

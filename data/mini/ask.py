@@ -2,7 +2,7 @@
 
 import random
 
-from data.mini.world import SIDE, Scene, Thing
+from data.mini.world import Scene, Thing
 
 
 def plural(noun: str) -> str:
@@ -12,10 +12,10 @@ def plural(noun: str) -> str:
 
 def padded_box(scene: Scene, thing: Thing) -> list[float]:
     """Box as fractions of the padded square, two decimals: [x1, y1, x2, y2]."""
-    width, height = scene.size
-    dx, dy = (SIDE - width) // 2, (SIDE - height) // 2
+    side, (width, height) = scene.world.side, scene.size
+    dx, dy = (side - width) // 2, (side - height) // 2
     x1, y1, x2, y2 = thing.box
-    return [round(v / SIDE, 2) for v in (x1 + dx, y1 + dy, x2 + dx, y2 + dy)]
+    return [round(v / side, 2) for v in (x1 + dx, y1 + dy, x2 + dx, y2 + dy)]
 
 
 def clearly(relation: str, a: Thing, b: Thing) -> bool:
@@ -57,8 +57,9 @@ def true_or_false_relation(rng: random.Random, scene: Scene) -> tuple[Thing, str
 
 
 def bigger_pair(rng: random.Random, scene: Scene) -> tuple[Thing, Thing] | None:
-    """(bigger, smaller) of different names with at least 8 pixels between their sizes, or None."""
-    pairs = [(a, b) for a in scene.things for b in scene.things if a.size >= b.size + 8 and a.name != b.name]
+    """(bigger, smaller) of different names with at least 8 units between their sizes, or None."""
+    apart = 8 * scene.world.unit
+    pairs = [(a, b) for a in scene.things for b in scene.things if a.size >= b.size + apart and a.name != b.name]
     return rng.choice(pairs) if pairs else None
 
 

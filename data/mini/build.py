@@ -20,7 +20,7 @@ import yaml
 from data.benchmark import COIN
 from data.mini.folder import command, is_version, make
 from data.mini.tasks import TASKS, Example
-from data.mini.world import draw
+from data.mini.world import MINI, World, draw
 from data.prepare.write import prompts
 from data.progress import progress
 from data.records import IMAGE
@@ -34,8 +34,9 @@ NAME, VERSION = "CoIN-mini", 2  # of the benchmark's content
 class Writer:
     """Collects the records of one task in all three instruction sets, and saves its pictures."""
 
-    def __init__(self, root: Path, task: str, instructions: dict[str, list[str]], seen: set[bytes], seed: int):
-        self.root, self.task, self.instructions, self.seen = root, task, instructions, seen
+    def __init__(self, root: Path, task: str, world: World, seen: set[bytes], seed: int):
+        self.root, self.task, self.world, self.seen = root, task, world, seen
+        self.instructions: dict[str, list[str]] = json.loads(INSTRUCTIONS.read_text())["instructions"][task]
         self.rng = random.Random(f"{seed}/{task}")
         self.wording = random.Random(f"{seed}/{task}/instructions")
         self.records: dict[str, dict[str, list]] = {s: {split: [] for split in SIZES} for s in LAYOUT["instructions"]}
@@ -44,7 +45,7 @@ class Writer:
     def sample(self) -> tuple[Example, bytes | None]:
         """The next sample whose picture has not been drawn before, and the picture's PNG-ready pixels."""
         while True:
-            sample = TASKS[self.task](self.rng)
+            sample = TASKS[self.task](self.world, self.rng)
             if sample.scene is None:
                 return sample, None
             picture = draw(sample.scene)
@@ -151,14 +152,14 @@ def describe(seed: int, sizes: dict[str, int]) -> dict:
     }
 
 
-def layout(sizes: dict[str, int]) -> dict:
-    """CoIN's description with these sizes."""
+def layout(name: str, sizes: dict[str, int]) -> dict:
+    """CoIN's description with another name and these sizes."""
     sizes = {split: sizes[split] for split in ("train", "test")}
     tasks = {
         task: {**{k: v for k, v in said.items() if k != "source"}, "records": dict(sizes)}
         for task, said in LAYOUT["tasks"].items()
     }
-    return {**LAYOUT, "name": NAME, "tasks": tasks}
+    return {**LAYOUT, "name": name, "tasks": tasks}
 
 
 def is_built(root: Path) -> bool:
@@ -172,21 +173,20 @@ def build(root: Path, seed: int = 0, sizes: dict[str, int] | None = None) -> boo
     return make(root, describe(seed, sizes), partial(fill, seed=seed, sizes=sizes))
 
 
-def fill(root: Path, seed: int, sizes: dict[str, int]) -> None:
-    """Writes the benchmark into an empty folder."""
-    wordings = json.loads(INSTRUCTIONS.read_text())["instructions"]
+def fill(root: Path, seed: int, sizes: dict[str, int], world: World = MINI, name: str = NAME) -> None:
+    """Writes the benchmark of a world, of this name, into an empty folder."""
     seen: set[bytes] = set()
-    with progress(total=len(TASKS) * sum(sizes.values()), desc="draw CoIN-mini", unit="sample") as bar:
+    with progress(total=len(TASKS) * sum(sizes.values()), desc=f"draw {name}", unit="sample") as bar:
         for task in TASKS:
             for split in sizes:
                 (root / "cl_dataset" / task / split).mkdir(parents=True)
-            writer, texts = Writer(root, task, wordings[task], seen, seed), set()
+            writer, texts = Writer(root, task, world, seen, seed), set()
             for split, size in sizes.items():
                 for number in range(size):
                     writer.add(split, number, texts)
                     bar.update()
             writer.write()
-    (root / "benchmark.yaml").write_text(yaml.safe_dump(layout(sizes), sort_keys=False))
+    (root / "benchmark.yaml").write_text(yaml.safe_dump(layout(name, sizes), sort_keys=False))
 
 
 if __name__ == "__main__":

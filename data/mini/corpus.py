@@ -1,4 +1,4 @@
-"""The pre-training corpus of the shipped base model: captions and conversations about scenes of the same world.
+"""The pre-training corpus of the shipped base models: captions and conversations about scenes of a world.
 
 Every answer is a sentence. None of the eight tasks' instructions occurs here and none of their answer formats: no
 bare word, no bare option letter, no bracketed box, nothing called unanswerable. What the base learns is to see, read,
@@ -16,12 +16,13 @@ from data.mini.world import (
     COLORS,
     GENRES,
     GLYPHS,
-    SCENERY_NAMES,
+    MINI,
     SHAPES,
     SIGNS,
     TITLES,
     Scene,
     Thing,
+    World,
 )
 
 Turn = tuple[str, str]
@@ -68,24 +69,22 @@ def choose_named(rng: random.Random, right: str, pool: list[str], question: str)
     return text, rng.choice((f"It is choice {letter}, the {right}.", f"I take {letter} because of the {right}."))
 
 
-def text_only(rng: random.Random) -> list[Turn]:
+def text_only(rng: random.Random, world: World = MINI) -> list[Turn]:
     """Knowledge of kinds, and choosing from a list, without a picture."""
-    turns = []
+    turns, lore = [], world.lore
     for _ in range(rng.randint(2, 4)):
-        name = rng.choice(list(CATEGORY_OF))
-        kind = CATEGORY_OF[name]
+        name = rng.choice(list(lore))
+        kind = lore[name]
         form = rng.random()
         if form < 0.25:
             turns.append((f"Tell me what {_a(name)} is.", f"Everybody knows that {_a(name)} is {_a(kind)}."))
         elif form < 0.4:
-            turns.append(
-                choose_named(rng, kind, sorted(set(CATEGORY_OF.values())), f"To which kind does the {name} belong?")
-            )
+            turns.append(choose_named(rng, kind, sorted(set(lore.values())), f"To which kind does the {name} belong?"))
         elif form < 0.7:
-            others = [n for n, k in CATEGORY_OF.items() if k != kind]
+            others = [n for n, k in lore.items() if k != kind]
             turns.append(choose_named(rng, name, [name, *others], f"Please find the {kind}."))
         else:
-            turns.append(choose_named(rng, name, list(CATEGORY_OF), f"Please find the {name}."))
+            turns.append(choose_named(rng, name, list(lore), f"Please find the {name}."))
     return turns
 
 
@@ -104,15 +103,15 @@ def echo(rng: random.Random) -> list[Turn]:
 
 
 def _portrait_turns(rng: random.Random, scene: Scene) -> list[Turn]:
-    name = scene.things[0].name
+    name, known = scene.things[0].name, scene.world.kinds
     turns = [(rng.choice(("Tell me what you see.", "Describe this.")), f"I see {_a(name)} here.")]
-    pool = list(CATEGORY_OF)
+    pool = list(known)
     turns.append(
         choose_named(rng, name, pool if name in pool else [name, *pool], "Please find the thing that you see.")
     )
-    if name in CATEGORY_OF:
-        kind = CATEGORY_OF[name]
-        kinds = sorted(set(CATEGORY_OF.values()))
+    if name in known:
+        kind = known[name]
+        kinds = sorted(set(known.values()))
         turns.append(choose_named(rng, kind, kinds, "To which kind does the thing that you see belong?"))
         turns.append(("Tell me the kind of thing that you see.", f"The {name} is {_a(kind)}."))
     return turns
@@ -210,7 +209,7 @@ def _tell(rng: random.Random, what: str) -> str:
 def _presence(rng: random.Random, scene: Scene) -> Turn:
     phrases = {t.phrase for t in scene.things}
     there = rng.random() < 0.5
-    absent = [n for n in (*SCENERY_NAMES, *(f"{c} {s}" for c in COLORS for s in SHAPES)) if n not in phrases]
+    absent = [n for n in (*scene.world.scenery, *(f"{c} {s}" for c in COLORS for s in SHAPES)) if n not in phrases]
     phrase = rng.choice(sorted(phrases) if there else absent)
     question, yes, no = rng.choice(
         (
@@ -282,7 +281,7 @@ def _cover_turns(rng: random.Random, scene: Scene) -> list[Turn]:
 
 SCENES = {  # kind of scene -> (maker, turns, share of the corpus)
     "portrait": (scenes.portrait, _portrait_turns, 0.2),
-    "kinds": (lambda rng: scenes.portrait(rng, tuple(CATEGORY_OF)), _portrait_turns, 0.08),
+    "kinds": (lambda world, rng: scenes.portrait(world, rng, tuple(world.kinds)), _portrait_turns, 0.08),
     "household": (scenes.snapshot, _snapshot_turns, 0.12),
     "group": (scenes.group, _group_turns, 0.25),
     "count": (scenes.crowd, _count_turns, 0.15),
@@ -291,14 +290,14 @@ SCENES = {  # kind of scene -> (maker, turns, share of the corpus)
 }
 
 
-def scene(rng: random.Random) -> tuple[str, Scene]:
+def scene(rng: random.Random, world: World = MINI) -> tuple[str, Scene]:
     """A key of SCENES and a scene of that kind, by the shares of the corpus."""
     kind = rng.choices(list(SCENES), [share for *_, share in SCENES.values()])[0]
-    return kind, SCENES[kind][0](rng)
+    return kind, SCENES[kind][0](world, rng)
 
 
-def conversation(rng: random.Random, turns: int = 4) -> tuple[Scene, list[Turn]]:
+def conversation(rng: random.Random, turns: int = 4, world: World = MINI) -> tuple[Scene, list[Turn]]:
     """A scene and at most `turns` question-answer turns about it, in random order."""
-    kind, made = scene(rng)
+    kind, made = scene(rng, world)
     asked = dict(SCENES[kind][1](rng, made))
     return made, rng.sample(list(asked.items()), min(turns, len(asked)))

@@ -7,7 +7,7 @@ import textwrap
 from matplotlib.figure import Figure
 
 from data.mini.tasks import TASKS
-from data.mini.world import draw
+from data.mini.world import MINI, draw
 
 
 def gallery(path: str, seed: int = 2) -> None:
@@ -16,9 +16,9 @@ def gallery(path: str, seed: int = 2) -> None:
     for column, (axes, (task, make)) in enumerate(zip(figure.subplots(2, len(TASKS)).T, TASKS.items(), strict=True)):
         rng = random.Random(f"{seed}/{task}")
         for row, cell in enumerate(axes):
-            sample = make(rng)
+            sample = make(MINI, rng)
             while sample.scene is None:
-                sample = make(rng)
+                sample = make(MINI, rng)
             question, answer = sample.turns[0]
             question = question or "(name the object)"
             lines = [part for line in question.splitlines() for part in textwrap.wrap(line, 24)]

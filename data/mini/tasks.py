@@ -1,11 +1,12 @@
-"""The eight tasks of CoIN-mini: one function a task, from a `random.Random` to an `Example` without its instruction."""
+"""The eight tasks of CoIN-mini: one function a task, from a world and a `random.Random` to an `Example` without its
+instruction."""
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from data.mini import ask, scenes
-from data.mini.world import CATEGORY_OF, COLORS, GENRES, PORTRAIT_NAMES, SCENERY_NAMES, SHAPES, Scene
+from data.mini.world import COLORS, GENRES, SHAPES, Scene, World
 
 LETTERS = "ABCD"
 
@@ -26,22 +27,22 @@ def _choices(rng: random.Random, right: str, pool: list[str]) -> tuple[list[str]
     return options, options.index(right)
 
 
-def science_qa(rng: random.Random) -> Example:
+def science_qa(world: World, rng: random.Random) -> Example:
     """Multiple choice: what is shown, what kind of thing is shown, or (without a picture) what belongs to a kind."""
-    form, scene = rng.random(), None
+    form, scene, kinds = rng.random(), None, sorted(set(world.kinds.values()))
     if form < 0.45:
-        scene = scenes.portrait(rng)
-        options, answer = _choices(rng, scene.things[0].name, list(PORTRAIT_NAMES))
+        scene = scenes.portrait(world, rng)
+        options, answer = _choices(rng, scene.things[0].name, list(world.portraits))
         question = "Which of these is in the picture?"
     elif form < 0.65:
-        kind = rng.choice(sorted(set(CATEGORY_OF.values())))  # every kind as often: no blind guess pays
-        scene = scenes.portrait(rng, tuple(name for name in CATEGORY_OF if CATEGORY_OF[name] == kind))
-        options, answer = _choices(rng, kind, sorted(set(CATEGORY_OF.values())))
+        kind = rng.choice(kinds)  # every kind as often: no blind guess pays
+        scene = scenes.portrait(world, rng, tuple(name for name in world.kinds if world.kinds[name] == kind))
+        options, answer = _choices(rng, kind, kinds)
         question = "What kind of thing is in the picture?"
     else:
-        kind = rng.choice(sorted(set(CATEGORY_OF.values())))
-        right = rng.choice([name for name in CATEGORY_OF if CATEGORY_OF[name] == kind])
-        others = [name for name in CATEGORY_OF if CATEGORY_OF[name] != kind]
+        kind = rng.choice(kinds)
+        right = rng.choice([name for name in world.lore if world.lore[name] == kind])
+        others = [name for name in world.lore if world.lore[name] != kind]
         options, answer = _choices(rng, right, [right, *others])
         question = f"Which of these is {'an' if kind[0] in 'ai' else 'a'} {kind}?"
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
@@ -49,9 +50,9 @@ def science_qa(rng: random.Random) -> Example:
     return Example(scene, [("\n".join([question, *lines]), LETTERS[answer])], extras)
 
 
-def text_vqa(rng: random.Random) -> Example:
+def text_vqa(world: World, rng: random.Random) -> Example:
     """Read the word on a sign; with two signs the question names the sign's colour."""
-    scene = scenes.street(rng)
+    scene = scenes.street(world, rng)
     signs = [t for t in scene.things if t.kind == "sign"]
     sign = rng.choice(signs)
     if len(signs) == 2:
@@ -61,9 +62,9 @@ def text_vqa(rng: random.Random) -> Example:
     return Example(scene, [(question, sign.name)])
 
 
-def image_net(rng: random.Random) -> Example:
+def image_net(world: World, rng: random.Random) -> Example:
     """Name the object; the instruction is the whole question."""
-    scene = scenes.portrait(rng)
+    scene = scenes.portrait(world, rng)
     return Example(scene, [("", scene.things[0].name)])
 
 
@@ -102,17 +103,17 @@ def _two_turns(rng: random.Random, scene: Scene, turn: Callable) -> list[tuple[s
     return list(turns.items())
 
 
-def gqa(rng: random.Random) -> Example:
+def gqa(world: World, rng: random.Random) -> Example:
     """Relations, attributes and comparisons between the things of a scene; one word."""
     while True:
-        scene = scenes.group(rng)
+        scene = scenes.group(world, rng)
         if turns := _two_turns(rng, scene, _gqa_turn):
             return Example(scene, turns)
 
 
-def viz_wiz(rng: random.Random) -> Example:
+def viz_wiz(world: World, rng: random.Random) -> Example:
     """What a bad photograph shows; 'unanswerable' when it cannot be told."""
-    scene = scenes.snapshot(rng)
+    scene = scenes.snapshot(world, rng)
     question = rng.choice(("What is this?", "Can you tell me what this is?", "What am I holding?"))
     return Example(scene, [(question, "unanswerable" if scene.unclear else scene.things[0].name)])
 
@@ -122,9 +123,9 @@ def box_text(box: list[float]) -> str:
     return "[" + ", ".join(f"{v:.2f}" for v in box) + "]"
 
 
-def grounding(rng: random.Random) -> Example:
+def grounding(world: World, rng: random.Random) -> Example:
     """The box of the thing that an expression describes, in fractions of the padded square."""
-    scene = scenes.group(rng)
+    scene = scenes.group(world, rng)
     thing = rng.choice(ask.distinct(scene))
     box = ask.padded_box(scene, thing)
     return Example(scene, [(thing.phrase, box_text(box))], {"answer_bbox": box_text(box), "size": list(scene.size)})
@@ -134,7 +135,7 @@ def _vqa_turn(rng: random.Random, scene: Scene) -> tuple[str, str] | None:
     form = rng.choice(("whether", "count", "color"))
     phrases = {t.phrase for t in scene.things}
     if form == "whether":
-        absent = [n for n in SCENERY_NAMES if n not in phrases]
+        absent = [n for n in scene.world.scenery if n not in phrases]
         absent += [f"{c} {s}" for c in COLORS for s in SHAPES if f"{c} {s}" not in phrases]
         there = rng.random() < 0.5
         return f"Is there a {rng.choice(sorted(phrases) if there else absent)}?", "yes" if there else "no"
@@ -151,10 +152,10 @@ def _vqa_turn(rng: random.Random, scene: Scene) -> tuple[str, str] | None:
     return None
 
 
-def vqa_v2(rng: random.Random) -> Example:
+def vqa_v2(world: World, rng: random.Random) -> Example:
     """Yes/no, counts and colours."""
     while True:
-        scene = scenes.crowd(rng) if rng.random() < 0.7 else scenes.group(rng)
+        scene = scenes.crowd(world, rng) if rng.random() < 0.7 else scenes.group(world, rng)
         if turns := _two_turns(rng, scene, _vqa_turn):
             return Example(scene, turns)
 
@@ -174,13 +175,13 @@ def _book_turn(rng: random.Random, scene: Scene) -> tuple[str, str]:
     return question, scene.genre if form == "genre" else named[form]
 
 
-def ocr_vqa(rng: random.Random) -> Example:
+def ocr_vqa(world: World, rng: random.Random) -> Example:
     """Title, author, genre and yes/no questions about a book's cover."""
-    scene = scenes.cover(rng)
+    scene = scenes.cover(world, rng)
     return Example(scene, _two_turns(rng, scene, _book_turn))
 
 
-TASKS: dict[str, Callable[[random.Random], Example]] = {
+TASKS: dict[str, Callable[[World, random.Random], Example]] = {
     "ScienceQA": science_qa,
     "TextVQA": text_vqa,
     "ImageNet": image_net,

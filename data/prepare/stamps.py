@@ -73,7 +73,7 @@ def stamps_in(source: Path) -> list[Stamp]:
                 found.append(Stamp(path, name, kind))
     if not found:
         raise FileNotFoundError(
-            f"{source}: no stamps in it; apt install tuxpaint-stamps-default, or give --source the folder "
+            f"{source}: no stamps in it; apt install tuxpaint-stamps-default, or name the folder "
             "usr/share/tuxpaint/stamps of the unpacked package"
         )
     return found
