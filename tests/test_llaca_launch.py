@@ -48,7 +48,7 @@ def test_a_folder_that_is_not_there_is_refused_before_it_is_read(arguments):  # 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])  # SIGINT goes SIGTERM's way
 def test_the_launchers_children_end_with_it(arguments, tmp_path, stop):  # noqa: F811
     line = [sys.executable, "-m", "llaca.launch", *arguments, "--epochs", "50"]
     launcher = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
