@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from test_llaca_train import arguments, mini  # noqa: F401
 
-from llaca.train import main as train
+from llaca.config import load_recipe
+from llaca.train import run
 from studies import reproduce
 
 ROWS = ["LoRA", "LLaCA", "LoRA + grouping"]
@@ -17,11 +18,10 @@ ROWS = ["LoRA", "LLaCA", "LoRA + grouping"]
 def call(arguments, tmp_path, monkeypatch):  # noqa: F811
     """Calls Table 6 with flags; the runs train in this process."""
     monkeypatch.setattr(reproduce, "MINI", Path(arguments[1]))
-    monkeypatch.setattr("llaca.train.ranks.leave", lambda: None)
 
     def run_all(lines, side_by_side):
         for line in lines:
-            train(line[line.index("llaca.train") + 1 :])
+            run(load_recipe(line[line.index("llaca.train") + 1 :]))
 
     monkeypatch.setattr(reproduce, "run_all", run_all)
 
