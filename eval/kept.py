@@ -54,6 +54,11 @@ class KeptRun:
         text = {key: float(self.told[key]) for key in TEXT_KEYS if key in self.told}  # of cells above the diagonal, too
         return summarise(self.A, self.tasks) | text | learnt | ({"format": dict(self.form)} if self.form else {})
 
+    @property
+    def line(self) -> dict:
+        """Its line of runs.csv, with the figures as the matrix gives them: those of the file are rounded."""
+        return dict(self.told) | {key: value for key, value in self.metrics.items() if key in self.told}
+
     def differs(self, recipe: Recipe) -> list[str]:
         """In what a recipe, or the files it names, would train another run: a line for each. A field that was not
         there yet counts as its default."""

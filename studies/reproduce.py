@@ -200,7 +200,7 @@ def table(
         lines.append(method_row(label, [metrics[run.name] for run in own]))
         lines += [printed[label]] if label in printed else []
     made = run_statistics(runs, metrics).set_index("method")
-    told = pd.DataFrame([dict(run.told) for run in earlier]).set_index("method") if earlier else made[:0]
+    told = pd.DataFrame([run.line for run in earlier]).set_index("method") if earlier else made[:0]
     behind = pd.concat([(made if label in runs else told).loc[[label]] for label in rows]).reset_index()
     behind = behind[["run", "method", *behind.columns.drop(["run", "method"])]]
     majority, left_out = baseline(every[0])
@@ -234,10 +234,11 @@ def table(
 
 def kept_notes(earlier: list[KeptRun]) -> list[str]:
     """The line under a table on the rows of earlier calls."""
-    unknown = [run for run in earlier if run.recipe is None]
-    told = f"; the recipes of {len(unknown)} were not recorded, and were not compared" if unknown else ""
-    what = "are of earlier calls, at the commits that runs.csv names"
-    return [f"{len(earlier)} of the runs {what}{told}."] if earlier else []
+    unknown, formless = sum(run.recipe is None for run in earlier), sum(not run.form for run in earlier)
+    told = f"{len(earlier)} of the runs are of earlier calls, at the commits that runs.csv names"
+    told += f"; the recipes of {unknown} were not recorded, and were not compared" if unknown else ""
+    told += f"; the form of the answers of {formless} was not recorded" if formless else ""
+    return [f"{told}."] if earlier else []
 
 
 def main(given: list[str] | None = None) -> None:
