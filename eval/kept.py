@@ -2,7 +2,7 @@
 
 runs.csv        a line a run (eval/run_statistics.py)
 matrices.csv    every cell of its matrix of accuracies
-recipes.json    what it was trained by, {"all": what the runs share, "runs": {name: what is its own}}
+recipes.json    what it was trained by and how it was scored, {"all": what the runs share, "runs": {name: its own}}
 """
 
 import json
@@ -59,15 +59,16 @@ class KeptRun:
         """Its line of runs.csv, with the figures as the matrix gives them: those of the file are rounded."""
         return dict(self.told) | {key: value for key, value in self.metrics.items() if key in self.told}
 
-    def differs(self, recipe: Recipe) -> list[str]:
-        """In what a recipe, or the files it names, would train another run: a line for each. A field that was not
-        there yet counts as its default."""
+    def differs(self, recipe: Recipe, **scored: str) -> list[str]:
+        """In what a recipe, or the files it names, would train another run, or `scored`, split and scoring, is of other
+        answers: a line for each. A field that was not there yet counts as its default."""
         if self.recipe is None:
             return []
         then = Recipe.from_flat(self.recipe).flat() | {"inputs": self.recipe["inputs"]}
         before, now = (described(one) for one in (then, recipe.flat() | {"inputs": input_checksums(recipe)}))
         before |= {f"checksum of {name}": value for name, value in before.pop("inputs").items()}
         now |= {f"checksum of {name}": value for name, value in now.pop("inputs").items()}
+        before, now = before | {key: self.recipe.get(key, value) for key, value in scored.items()}, now | scored
         keys = sorted({*before, *now} - {"run"})
         return [f"{k}: {before.get(k)!r} there, {now.get(k)!r} now" for k in keys if before.get(k) != now.get(k)]
 
@@ -93,7 +94,7 @@ def write_runs(behind: pd.DataFrame, runs: Sequence[EvaluatedRun | KeptRun], out
         if isinstance(run, KeptRun):
             recipe, form = run.recipe, {(stages[-1], task): share for task, share in run.form.items()}
         else:
-            recipe = described(frozen(run.folder))
+            recipe = described(frozen(run.folder)) | {"split": run.split, "scoring": run.scoring}
             told = json.loads((output_folder(run) / "scores.json").read_text(encoding="utf-8"))
             form = {(cell["stage"], cell["task"]): cell["format_rate"] for cell in told if cell["stage"] == stages[-1]}
         found = pd.DataFrame(A, index=stages, columns=tasks).stack().dropna()

@@ -120,7 +120,7 @@ def kept_rows(
 ) -> dict[str, list[KeptRun]]:
     """With --keep, the rows that the table in --out has already, those apart that --rows names, which are made anew.
 
-    Raises ValueError for a row of other seeds, or trained by another recipe or from other files than asked for now.
+    Raises ValueError for a row of other seeds, or trained by another recipe, from other files, or scored otherwise.
     """
     if not options.keep:
         return {}
@@ -132,9 +132,9 @@ def kept_rows(
             raise ValueError(f"{options.out}: {label} is of the seeds {seeds}, not {sorted(options.seeds)}; {remedy}")
         by_seed = {recipe.run.seed: recipe for recipe in recipes[label]}
         for run in members:
-            if lines := run.differs(by_seed[run.seed]):
+            if lines := run.differs(by_seed[run.seed], split=options.split, scoring=options.scoring):
                 told = "".join(f"  {line}\n" for line in lines)
-                raise ValueError(f"{options.out}: {run.name} was trained by another recipe:\n{told}{remedy}")
+                raise ValueError(f"{options.out}: {run.name} is of another recipe:\n{told}{remedy}")
     return kept
 
 

@@ -58,6 +58,7 @@ def test_what_does_not_fit_is_not_kept(call):
     out = call("out", "--rows", *ROWS[:2])
     for told, flags in {
         "another recipe:\n  learning_rate: 0.01 there, 5.0 now\nmake the row anew": ["--learning_rate", "5"],
+        "another recipe:\n  split: 'test' there, 'dev' now": ["--split", "dev"],
         r"is of the seeds \[0\], not \[0, 1\]; make the row anew: --keep --rows 'LoRA'": ["--seeds", "0", "1"],
     }.items():
         with pytest.raises(SystemExit, match=told):
