@@ -25,7 +25,7 @@ from data.mini.build import fill
 from data.mini.folder import is_version, make
 from data.mini.wordnet import SOURCE as WORDNET
 from data.mini.wordnet import Nouns
-from data.mini.world import World, font_file, squared
+from data.mini.world import SIDE, World, font_file, squared
 from data.prepare.stamps import SOURCE as STAMPS
 from data.prepare.stamps import stamps_in
 
@@ -59,7 +59,7 @@ def picture_of(path: Path) -> Image.Image:
     """A stamp as an RGBA square, no larger than it is ever shown."""
     with Image.open(path) as picture:
         square = squared(picture.convert("RGBA"))
-    square.thumbnail((48 * UNIT, 48 * UNIT))
+    square.thumbnail((SIDE * UNIT, SIDE * UNIT))
     return square
 
 
