@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs the tests on the CPU, two at a time. bash test.sh -m 'not slow' leaves out the long ones.
+# Runs the tests on the CPU, three at a time: some wait. bash test.sh -m 'not slow' leaves out the long ones.
 source "$(dirname "$0")/scripts/env.sh"
 echo "Style, then about 2,480 tests on the CPU: 17 minutes on two cores, far fewer with -m 'not slow'; the first time DeepSpeed compiles for one more."
 ruff check .
 ruff format --check .
 lint-imports --no-logo --no-cache
-exec python -m pytest -n "${PYTEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest -n "${PYTEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder "$@"

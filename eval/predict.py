@@ -10,6 +10,7 @@ however many processes. A file is put together, every id in it once, when all pa
 
 import argparse
 import copy
+import gc
 import heapq
 import json
 import os
@@ -231,6 +232,7 @@ def main() -> None:
     arguments(parser)
     parser.add_argument("--only-retained", action="store_true", help="that alone")
     options = parser.parse_args()
+    gc.freeze()  # else the process looks at what the imports left, when it ends, for a second
     ranks.start(patience=timedelta(days=2))  # who is done waits for the slowest
     try:
         runs = chosen_runs(options)

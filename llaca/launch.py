@@ -4,6 +4,7 @@ Without --method, and with a recipe that names none, it trains LoRA and LLaCA. O
 there are cores go side by side, one process of one thread each; with GPUs one run after the other, a process a GPU.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -189,6 +190,7 @@ def main() -> None:
     """Command line: that of llaca.train, where --method may be left out, with --launcher, --num-gpus and --hostfile. A
     smoke run is evaluated, too."""
     leave_at_once()
+    gc.freeze()  # else the process looks at what the imports left, when it ends, for a second
     arguments = sys.argv[1:]
     if {"-h", "--help", "--list-methods", "--help-method"} & set(arguments):
         sys.exit(subprocess.call([sys.executable, "-m", "llaca.train", *arguments]))

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -45,22 +46,29 @@ COMMON = ["--grouping", "false", "--tasks", "GQA", "VQAv2", "--epochs", "1"]
 COMMON += ["--loss-normalisation", "global", "--logging-steps", "5"]
 
 
-def train(work: Path, engine: str, rules: list[str], records: int) -> None:
-    """All rules under one engine, and LoRA for the count of collectives; one start of the processes for all."""
-    processes = ENGINES[engine][0]
-    if all((work / run_name(engine, rule) / STAGE / "DONE").is_file() for rule in rules):
+def train(work: Path, engines: list[str], rules: list[str], records: int) -> None:
+    """All rules under engines of as many processes, with or without DeepSpeed, in one start of the processes; and LoRA
+    for the count of collectives."""
+    missing = [
+        engine
+        for engine in engines
+        if not all((work / run_name(engine, rule) / STAGE / "DONE").is_file() for rule in rules)
+    ]
+    if not missing:
         return
-    module = [__file__, "--worker", engine, "--work", str(work), "--records", str(records), "--rules", *rules]
+    print(f"{', '.join(missing)} ...", file=sys.stderr, flush=True)
+    processes = ENGINES[missing[0]][0]
+    module = [__file__, "--worker", *missing, "--work", str(work), "--records", str(records), "--rules", *rules]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": os.getcwd()}
     done = subprocess.run(
         [sys.executable, *(launch if processes > 1 else []), *module], capture_output=True, text=True, env=environment
     )
     if done.returncode:
-        sys.exit(f"{engine} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        sys.exit(f"{', '.join(missing)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
 
 
-def work_on(work: Path, engine: str, rules: list[str], records: int) -> None:
+def work_on(work: Path, engines: list[str], rules: list[str], records: int) -> None:
     """What one process of `train` does; counts the collectives that Python code asks for."""
     import torch.distributed as dist
 
@@ -80,17 +88,16 @@ def work_on(work: Path, engine: str, rules: list[str], records: int) -> None:
 
     for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "broadcast"):
         setattr(dist, name, counted(getattr(dist, name)))
-    counts = {}
-    for rule in ["lora", *rules]:
-        method = (
-            ["--method", "lora"] if rule == "lora" else ["--method", "llaca", "--average", rule, "--beta-trace", "full"]
-        )
-        calls = 0
-        where = ["--runs-dir", str(work), "--run", run_name(engine, rule), "--max-train-samples", str(records)]
-        run(load_recipe([*COMMON, *ENGINES[engine][1], *method, *where]))
-        counts[rule] = calls
-    if ranks.first():
-        (work / f"{run_name(engine, 'collectives')}.json").write_text(json.dumps(counts))
+    for engine in engines:
+        counts = {}
+        for rule in ["lora", *rules]:
+            method = ["lora"] if rule == "lora" else ["llaca", "--average", rule, "--beta-trace", "full"]
+            calls = 0
+            where = ["--runs-dir", str(work), "--run", run_name(engine, rule), "--max-train-samples", str(records)]
+            run(load_recipe([*COMMON, *ENGINES[engine][1], "--method", *method, *where]))
+            counts[rule] = calls
+        if ranks.first():
+            (work / f"{run_name(engine, 'collectives')}.json").write_text(json.dumps(counts))
     ranks.leave()
 
 
@@ -134,7 +141,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=96, help="of each stage")
     parser.add_argument("--work", type=Path, help="keeps the runs there; a second call does not repeat them")
     parser.add_argument("--out", type=Path, help="a CSV file for the table")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work_on(args.work, args.worker, args.rules, args.records)
@@ -142,9 +149,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = args.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
+        starts = defaultdict(list)
         for engine in args.engines:
-            print(f"{engine} ...", file=sys.stderr, flush=True)
-            train(work, engine, args.rules, args.records)
+            processes, flags = ENGINES[engine]
+            starts[processes, "--zero" in flags].append(engine)
+        for engines in starts.values():
+            train(work, engines, args.rules, args.records)
         table = pd.DataFrame([row(work, e, rule, args.engines[0]) for rule in args.rules for e in args.engines])
     shown = dict.fromkeys(("beta", "relative", "average"), "{:.1e}".format)
     shown |= {"fallback %": "{:.1f}".format, "beyond 1e-4 %": "{:.2f}".format, "collectives a step": "{:.0f}".format}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_llaca_train import adapters, arguments, mini  # noqa: F401
+from test_llaca_train import adapters, arguments, mini, three_stages  # noqa: F401
 from torch.utils.cpp_extension import _get_build_directory
 
 from llaca import ranks
@@ -71,28 +71,62 @@ class Hosts:
             self.process.kill()
 
 
-def trains(arguments: list[str], name: str, processes: int) -> list[str]:  # noqa: F811
-    line = [sys.executable, "-m", "llaca.launch", "--launcher", "torchrun", "--num-gpus", str(processes)]
-    more = ["--method", "llaca", "--grouping", "false", "--tasks", "TextVQA", "GQA", "--batch-size", "4"]
-    return [*line, *arguments[:-1], name, *more, "--save-steps", "2", "--zero", "2"]
+MORE = ["--method", "llaca", "--grouping", "false", "--tasks", "TextVQA", "GQA", "--batch-size", "4"]
+MORE += ["--save-steps", "2", "--zero", "2"]
+
+
+def trains(arguments: list[str], name: str, processes: int, launcher: str = "torchrun") -> list[str]:  # noqa: F811
+    line = [sys.executable, "-m", "llaca.launch", "--launcher", launcher, "--num-gpus", str(processes)]
+    return [*line, *arguments[:-1], name, *MORE]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_base, mini, tmp_path_factory):  # noqa: F811
+    """What two processes on one host hand on, never disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    line = trains(three_stages(folder, tiny_base, mini), "whole", 2)
+    subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    found = adapters(folder / "runs" / "whole")
+    assert len(found) >= 5
+    return found
 
 
 @pytest.mark.slow
-def test_a_host_is_killed_and_the_same_command_goes_on_to_the_bytes_of_one_host(arguments, tmp_path):  # noqa: F811
+def test_a_host_is_killed_and_the_same_command_goes_on_to_the_bytes_of_one_host(whole, arguments, tmp_path):  # noqa: F811
     """Under ZeRO 2. The other host ends soon and says why. (DDP on two hosts: tests/test_slurm.py)"""
-    subprocess.run(trains(arguments, "one", 2), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
-    folder = tmp_path / "runs" / "two"
-    hosts = Hosts(trains(arguments, "two", 1), tmp_path / "killed.log")
+    folder = tmp_path / "runs" / "r"
+    hosts = Hosts(trains(arguments, "r", 1), tmp_path / "killed.log")
     hosts.until(lambda: list(folder.glob("stages/02-GQA.partial/trainer/checkpoint-2/COMPLETE")))
     hosts.process.send_signal(signal.SIGUSR2)
     assert hosts.end(60) != 0
     assert not (folder / "stages/02-GQA/DONE").exists()
     assert "another process of this run has gone" in hosts.tell, hosts.tell[-3000:]
     assert "the same command on every host goes on" in hosts.tell
-    hosts = Hosts(trains(arguments, "two", 1), tmp_path / "two.log")
+    hosts = Hosts(trains(arguments, "r", 1), tmp_path / "again.log")
     assert hosts.end(600) == 0, hosts.tell[-3000:]
-    ours, theirs = adapters(folder), adapters(tmp_path / "runs" / "one")
-    assert ours == theirs and len(ours) >= 5
+    assert adapters(folder) == whole
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_host_are_killed_and_started_again(whole, arguments, tmp_path):  # noqa: F811
+    """Also by DeepSpeed's own launcher, which hands its processes a --local_rank unless told not to."""
+    folder, line = tmp_path / "runs" / "r", trains(arguments, "r", 2)
+    process = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(folder.glob("stages/02-*.partial/trainer/checkpoint-2")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (folder / "stages/02-GQA/DONE").exists()
+    by_deepspeed = trains(arguments, "r", 2, "deepspeed")
+    done = subprocess.run(by_deepspeed, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert adapters(folder) == whole
+    story = json.loads((folder / "stages/02-GQA/stage.json").read_text())
+    assert story["engine"] == "DeepSpeed ZeRO 2" and story["averaged"]
+    assert [story[key] for key in ("processes", "micro_batch", "accumulation", "global_batch")] == [2, 4, 1, 8]
+    told = story["environment"]
+    assert (told["launcher"], told["processes"], told["hosts"]) == ("deepspeed", 2, {socket.gethostname(): 2})
+    assert list(told["devices"].values()) == [2]
 
 
 @pytest.mark.slow

@@ -15,20 +15,6 @@ from llaca.launch import announce, choose_launcher, commands, prepare_data
 from llaca.stream import only_one
 
 
-@pytest.mark.slow
-def test_deepspeeds_own_launcher_trains_what_torchrun_trains(arguments, tmp_path):  # noqa: F811
-    """It hands its processes a --local_rank unless told not to."""
-    line = [*arguments[:-1], "r", "--method", "llaca", "--tasks", "TextVQA", "GQA", "--zero", "2", "--batch-size", "4"]
-    for launcher in ("deepspeed", "torchrun"):
-        runs = ["--runs-dir", str(tmp_path / launcher)]
-        done = subprocess.run(
-            choose_launcher(launcher, 2, None, "2").line([*line, *runs]), capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    ours, theirs = (adapters(tmp_path / launcher / "r") for launcher in ("deepspeed", "torchrun"))
-    assert ours == theirs and len(ours) > 4
-
-
 def test_the_launcher_says_under_which_engines_a_method_works(arguments, capsys):  # noqa: F811
     announce(commands([*arguments, "--method", "ewc"]), choose_launcher(None, 1, None, "none"), 1)
     assert "works with --zero none, 0, 1, 2 (" in capsys.readouterr().out

@@ -157,29 +157,3 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(arguments, tmp_path
     _, told = launcher.communicate(timeout=60)
     assert launcher.returncode == 128 + number
     assert b"Traceback" not in told and not list(folder.glob("stages/*/DONE"))
-
-
-@pytest.mark.slow
-def test_one_rank_gets_the_signal_and_both_stop_after_the_same_step(arguments, tmp_path):  # noqa: F811
-    """Long before a line of the log, and with signals to the other rank while it saves. The end is the whole run's."""
-    more = ["--method", "llaca", "--tasks", "TextVQA", "--epochs", "15", "--batch-size", "2", "--logging-steps", "1000"]
-    launch = [sys.executable, "-m", "llaca.launch", "--launcher", "torchrun", "--num-gpus", "2"]
-    whole, folder = (tmp_path / "runs" / name for name in ("whole", "r"))
-    subprocess.run([*launch, *arguments[:-1], "whole", *more], check=True, capture_output=True, cwd=ROOT)
-    line = [*launch, *arguments, *more, "--save-steps", "7"]
-    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: list(folder.glob("stages/*.partial/trainer/*/COMPLETE")), process)
-    found = [
-        p for p in psutil.Process(process.pid).children(recursive=True) if p.cmdline()[2:4] == ["-m", "llaca.train"]
-    ]
-    (second,) = [p for p in found if p.environ()["RANK"] == "1"]
-    second.send_signal(signal.SIGTERM)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in told
-    (complete,) = folder.glob("stages/*.partial/trainer/*/COMPLETE")
-    assert json.loads(complete.read_text())["step"] < 90
-    again = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-    assert again.returncode == 0, again.stderr
-    assert adapters(folder) == adapters(whole)

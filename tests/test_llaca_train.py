@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,16 +36,20 @@ def mini(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def arguments(tmp_path, tiny_base, mini):
-    """A command line for a run of three small stages."""
-    recipe = tmp_path / "recipe.yaml"
+def three_stages(folder: Path, base: Path, data: Path) -> list[str]:
+    """A command line for a run of three small stages in a folder; the run's name comes last."""
+    recipe = folder / "recipe.yaml"
     recipe.write_text(
-        f"base: {tiny_base}\ndata_root: {mini}\ntasks: [{', '.join(TASKS)}]\nlora_rank: 4\nlora_alpha: 8\n"
+        f"base: {base}\ndata_root: {data}\ntasks: [{', '.join(TASKS)}]\nlora_rank: 4\nlora_alpha: 8\n"
         "lora_dropout: 0.1\ndtype: float32\nattention: eager\nreuse_vision_features: true\n"
         "gradient_checkpointing: false\nbatch_size: 8\nlearning_rate: 1.0e-2\nmax_new_tokens: 4\n"
     )
-    return ["--recipe", str(recipe), "--runs-dir", str(tmp_path / "runs"), "--run", "r"]
+    return ["--recipe", str(recipe), "--runs-dir", str(folder / "runs"), "--run", "r"]
+
+
+@pytest.fixture
+def arguments(tmp_path, tiny_base, mini):
+    return three_stages(tmp_path, tiny_base, mini)
 
 
 def adapters(folder: Path) -> dict[str, bytes]:
@@ -171,7 +174,7 @@ def test_killed_at_random_moments_inside_the_stages(arguments, tmp_path):
     def complete():
         return set(killed.glob("stages/*.partial/trainer/checkpoint-*/COMPLETE"))
 
-    for kill in range(int(os.environ.get("LLACA_KILLS", 3))):
+    for kill in range(int(os.environ.get("LLACA_KILLS", 2))):
         before = complete()
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, bufsize=1)
         seen = ""
@@ -220,30 +223,6 @@ def test_a_signal_saves_and_the_next_start_goes_on_from_there(arguments, tmp_pat
     assert story["seconds"] > 1000 and story["steps"] == 120
     logged = [json.loads(row)["step"] for row in (folder / "stages/01-GQA/train_log.jsonl").read_text().splitlines()]
     assert logged == sorted(logged) and logged[-1] == 120
-
-
-@pytest.mark.slow
-def test_two_processes_under_zero_2_killed_and_started_again(arguments, tmp_path):
-    more = ["--method", "llaca", "--grouping", "false", "--zero", "2", "--save-steps", "2", "--batch-size", "4"]
-    more += ["--tasks", "TextVQA", "GQA"]
-    launch = [sys.executable, "-m", "llaca.launch", "--launcher", "torchrun", "--num-gpus", "2"]
-    for name, kill in (("whole", False), ("killed", True)):
-        line = [*launch, *arguments[:-1], name, *more]
-        if kill:
-            process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            wanted = "stages/02-*.partial/trainer/checkpoint-2"
-            while not list((tmp_path / "runs" / name).glob(wanted)) and process.poll() is None:
-                time.sleep(0.01)
-            process.kill()
-            process.wait()
-        subprocess.run(line, check=True, capture_output=True)
-    assert adapters(tmp_path / "runs" / "killed") == adapters(tmp_path / "runs" / "whole")
-    story = json.loads((tmp_path / "runs/killed/stages/02-GQA/stage.json").read_text())
-    assert story["engine"] == "DeepSpeed ZeRO 2" and story["averaged"]
-    assert [story[key] for key in ("processes", "micro_batch", "accumulation", "global_batch")] == [2, 4, 1, 8]
-    told = story["environment"]
-    assert (told["launcher"], told["processes"], told["hosts"]) == ("torchrun", 2, {socket.gethostname(): 2})
-    assert list(told["devices"].values()) == [2]
 
 
 WATCH = """

@@ -1,4 +1,6 @@
-"""scripts/slurm.sh between stand-ins for srun and scontrol, which behave as SLURM 22.05.8 was seen to."""
+"""scripts/slurm.sh between stand-ins for srun and scontrol, which behave as SLURM 22.05.8 was seen to.
+
+And two processes, one of which is told to save."""
 
 import json
 import os
@@ -13,9 +15,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_llaca_train import adapters, arguments, mini  # noqa: F401
+from test_llaca_train import adapters, arguments, mini, three_stages  # noqa: F401
+
+from llaca.launch import choose_launcher
 
 ROOT = Path(__file__).parents[1]
+DDP = ["--method", "llaca", "--grouping", "false", "--tasks", "TextVQA", "GQA", "--batch-size", "2", "--epochs", "10"]
 OF_A_STEP = ("llaca.launch", "torch.distributed.run", "llaca.train")
 
 
@@ -100,16 +105,20 @@ def test_the_signal_goes_to_the_steps_and_the_log_outlives_the_next_start():
     assert "#SBATCH --requeue" in text
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_base, mini, tmp_path_factory):  # noqa: F811
+    """What two processes hand on, never disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    line = choose_launcher("torchrun", 2, None, "none").line([*three_stages(folder, tiny_base, mini), *DDP])
+    subprocess.run(line, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return adapters(folder / "runs" / "r")
+
+
 @pytest.mark.slow
-def test_a_job_on_two_nodes_is_stopped_and_goes_on_as_one_on_one_node(cluster, arguments, tmp_path):  # noqa: F811
+def test_a_job_on_two_nodes_is_stopped_and_goes_on_as_one_on_one_node(whole, cluster, arguments, tmp_path):  # noqa: F811
     """SLURM sends SIGTERM to every process of the step, and kills what is left when the first one has ended."""
-    flags = ["--grouping", "false", "--tasks", "TextVQA", "GQA", "--batch-size", "4", "--epochs", "10"]
-    flags += ["--logging-steps", "4", "--runs-dir", str(tmp_path / "runs"), "--run"]
-    launch = [sys.executable, "-m", "llaca.launch", "--launcher", "torchrun", "--num-gpus", "2"]
-    line = [*launch, "--recipe", arguments[1], "--method", "llaca", *flags, "whole"]
-    subprocess.run(line, check=True, capture_output=True, cwd=ROOT, env=cluster)
-    job = {"RECIPE": arguments[1], "FLAGS": shlex.join([*flags, "job"])}
-    folder = tmp_path / "runs" / "job"
+    flags = [*DDP, "--logging-steps", "4", "--runs-dir", str(tmp_path / "runs"), "--run", "job"]
+    job, folder = {"RECIPE": arguments[1], "FLAGS": shlex.join(flags)}, tmp_path / "runs" / "job"
     first = submit(cluster, **job, SLURM_NNODES="2", GPUS_PER_NODE="1")
     try:
         log = folder / "stages" / "02-GQA.partial" / "train_log.jsonl"
@@ -129,4 +138,28 @@ def test_a_job_on_two_nodes_is_stopped_and_goes_on_as_one_on_one_node(cluster, a
     second = submit(cluster, **job, SLURM_NNODES="1", GPUS_PER_NODE="2")
     _, said = second.communicate(timeout=600)
     assert second.returncode == 0, said[-3000:]
-    assert adapters(folder) == adapters(tmp_path / "runs" / "whole")
+    assert adapters(folder) == whole
+
+
+@pytest.mark.slow
+def test_one_rank_gets_the_signal_and_both_stop_after_the_same_step(whole, arguments, tmp_path):  # noqa: F811
+    """Long before a line of the log, and with signals to the other rank while it saves. The end is the whole run's."""
+    launch = [sys.executable, "-m", "llaca.launch", "--launcher", "torchrun", "--num-gpus", "2"]
+    line, folder = [*launch, *arguments, *DDP, "--logging-steps", "1000", "--save-steps", "7"], tmp_path / "runs" / "r"
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(folder.glob("stages/*.partial/trainer/*/COMPLETE")) and process.poll() is None:
+        time.sleep(0.01)
+    found = [
+        p for p in psutil.Process(process.pid).children(recursive=True) if p.cmdline()[2:4] == ["-m", "llaca.train"]
+    ]
+    (second,) = [p for p in found if p.environ()["RANK"] == "1"]
+    second.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in told
+    (complete,) = folder.glob("stages/*.partial/trainer/*/COMPLETE")
+    assert json.loads(complete.read_text())["step"] < 60
+    again = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert again.returncode == 0, again.stderr
+    assert adapters(folder) == whole

@@ -25,7 +25,6 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 from PIL import Image
-from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 from data.mini.folder import make
@@ -149,6 +148,8 @@ def grouped(items: list, key: Callable[[object], str | None]) -> dict[str, list]
 
 def digits(rng: random.Random) -> dict[str, Iterator[Example]]:
     """Of every split."""
+    from sklearn.datasets import load_digits  # a second, which every start of a training would wait for
+
     scans, truth = load_digits(return_X_y=True)
     numbered = list(zip(scans.reshape(-1, 8, 8), truth.tolist(), strict=True))
 
