@@ -24,8 +24,7 @@ from llaca.config import DEFAULT_RECIPE, Recipe, load_recipe
 from llaca.fields import read_text
 from llaca.hostfile import USUAL, runner_options
 from llaca.methods import METHODS, method_of
-from llaca.processes import run_all
-from llaca.stream import leave_at_once
+from llaca.processes import leave_at_once, run_all
 from llava.boxes import check_boxes
 from llava.check import reader_of
 

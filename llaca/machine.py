@@ -13,6 +13,7 @@ import joblib
 import torch
 
 from llaca import ranks
+from llaca.processes import launcher
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "tokenizers", "sentencepiece",
             "safetensors", "numpy", "scikit-learn", "pillow")  # fmt: skip
@@ -79,15 +80,6 @@ def gpu_software() -> dict[str, str]:
     told = DRIVER.read_text(encoding="utf-8") if DRIVER.is_file() else ""
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
     return {"cuda": str(torch.version.cuda), "nccl": nccl, "driver": driver(told)}
-
-
-def launcher() -> str:
-    """What started this process: python, torchrun, deepspeed, or another one that sets RANK."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return "torchrun"
-    if "CROSS_SIZE" in os.environ:  # deepspeed/launcher/launch.py sets it
-        return "deepspeed"
-    return "another" if "RANK" in os.environ else "python"
 
 
 def processes() -> dict:

@@ -1,4 +1,7 @@
-"""The processes of a launcher: so many runs at once, ended by signals, none left behind."""
+"""The processes of a launcher: so many runs at once, ended by signals, none left behind; and of a run, who began it.
+
+Light: neither torch nor what brings it along.
+"""
 
 import ctypes
 import os
@@ -10,8 +13,6 @@ from contextlib import contextmanager, suppress
 from itertools import pairwise
 
 import psutil
-
-from llaca.stream import die_with_launcher
 
 STOPS = {signal.SIGTERM, signal.SIGINT}
 WORKERS = ("llaca.train", "eval.predict")
@@ -128,3 +129,33 @@ def reap(active: dict[int, subprocess.Popen]) -> list[tuple[int, subprocess.Pope
             break
         os.waitpid(ended.si_pid, 0)
     return [(line, child) for line, child in active.items() if child.poll() is not None]
+
+
+def launcher() -> str:
+    """What started this process: python, torchrun, deepspeed, or another one that sets RANK."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun"
+    if "CROSS_SIZE" in os.environ:  # deepspeed/launcher/launch.py sets it
+        return "deepspeed"
+    return "another" if "RANK" in os.environ else "python"
+
+
+def die_with_launcher() -> None:
+    """On Linux, ends this process when the launcher that started it is killed: nobody trains unseen."""
+    process = os.environ.get("LLACA_LAUNCHER")
+    if process and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        # What died before the line above sends no signal; its children are adopted by the launcher, or by init.
+        starter = launcher()
+        adopted = os.getppid() == int(process) if starter in ("torchrun", "deepspeed") else False
+        if adopted or (starter == "python" and os.getppid() != int(process)):
+            sys.exit(f"what started this process ({starter}, for process {process}) is gone")
+
+
+def leave_at_once() -> None:
+    """Lets SIGTERM and SIGINT end the process where it is, whatever library code it is in: 128 + signal in a shell.
+
+    Nothing is lost by that: what is not whole has no COMPLETE or DONE, and is made again.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)

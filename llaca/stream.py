@@ -7,13 +7,11 @@ runs/<name>/recipe.yaml, environment.json      written when nothing can refuse t
                                    train_log.jsonl, beta.csv, DONE (written last)
 """
 
-import ctypes
 import fcntl
 import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -237,27 +235,6 @@ def only_one(folder: Path, seconds: float = 10.0) -> Iterator[None]:
                 say(f"{folder}: its file system has no locks ({error.strerror}); train this run by one command")
                 break
         yield
-
-
-def die_with_launcher() -> None:
-    """On Linux, ends this process when the launcher that started it is killed: nobody trains unseen."""
-    launcher = os.environ.get("LLACA_LAUNCHER")
-    if launcher and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        # What died before the line above sends no signal; its children are adopted by the launcher, or by init.
-        starter = machine.launcher()
-        adopted = os.getppid() == int(launcher) if starter in ("torchrun", "deepspeed") else False
-        if adopted or (starter == "python" and os.getppid() != int(launcher)):
-            sys.exit(f"what started this process ({starter}, for process {launcher}) is gone")
-
-
-def leave_at_once() -> None:
-    """Lets SIGTERM and SIGINT end the process where it is, whatever library code it is in: 128 + signal in a shell.
-
-    Nothing is lost by that: what is not whole has no COMPLETE or DONE, and is made again.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
 
 
 @cache

@@ -15,8 +15,8 @@ from data.progress import say
 from llaca import ranks
 from llaca.config import Recipe, help_of, load_recipe
 from llaca.methods import METHODS
+from llaca.processes import die_with_launcher, leave_at_once
 from llaca.run import Run
-from llaca.stream import die_with_launcher, leave_at_once
 
 
 def run(recipe: Recipe) -> Path:

@@ -21,6 +21,12 @@ def test_no_module_imports_what_is_optional():
     assert not heavy
 
 
+def test_what_stands_between_a_launcher_and_its_runs_starts_at_once():
+    code = "import sys, llaca.processes\nprint(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert not {"torch", "transformers"} & set(loaded.stdout.split())
+
+
 def test_the_trainer_does_not_import_deepspeed_or_wandb():
     code = "import sys, llava.trainer\nprint(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -93,11 +93,13 @@ def test_planned_bytes_are_those_of_real_steps(tiny_data, tmp_path):
     bases.append(make_text(tmp_path / "t5", "t5", width=256))
     names = [f"{number}.bytes" for number in range(len(bases))]
     found = work(bases, tiny_data, tmp_path, [sys.executable], {"none": names})
-    found |= work(bases, tiny_data, tmp_path, TORCHRUN, dict.fromkeys("123", names))
+    found |= work(bases, tiny_data, tmp_path, TORCHRUN, {"1": names[:1], "2": names, "3": names})
     for base, name in zip(bases, names, strict=True):
         line = ["--base", str(base), "--method", "llaca", "--average", "eq45", "--lora_rank", "64"]
         recipe = load_recipe([*line, "--dtype", "float32"])
         for zero, engine, gpus in (("none", "DDP", 1), ("1", "ZeRO 1", 2), ("2", "ZeRO 2", 2), ("3", "ZeRO 3", 2)):
+            if name not in found[zero]:
+                continue
             told = found[zero][name]["bytes"]
             parts = plan(recipe, gpus, 60, "cpu")[engine]
             planned = parts.total - parts.activations - parts.buffers

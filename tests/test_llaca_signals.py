@@ -93,7 +93,7 @@ AROUND = [
 ]
 FORKS = """
 import json, os, sys
-from llaca.stream import die_with_launcher
+from llaca.processes import die_with_launcher
 os.environ["LLACA_LAUNCHER"] = str(os.getpid())
 for around in json.loads(sys.argv[1]):
     if not (child := os.fork()):

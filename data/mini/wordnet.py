@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-SOURCE = Path("/usr/share/wordnet")  # of Debian's package wordnet-base
+from data.packages import shared
+
+SOURCE = shared("wordnet")  # of Debian's package wordnet-base
 
 
 class Nouns:

@@ -28,10 +28,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.mini.folder import make
+from data.packages import shared
 from data.progress import progress
 
 NAME, VERSION = "Stamps", 1
-SOURCE = Path("/usr/share/tuxpaint/stamps")
+SOURCE = shared("tuxpaint/stamps")
 SIZES = {"train": 1200, "dev": 200, "test": 250}
 SHARES = {"train": 0.7, "dev": 0.1, "test": 0.2}  # of the pictures
 SIDE = 96  # pixels of a picture
