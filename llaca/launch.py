@@ -17,7 +17,7 @@ import torch
 from data.benchmark import open_benchmark
 from data.check import check_benchmark
 from data.mini import build as coin_mini
-from data.mini import fourfold, skills, small
+from data.mini import fourfold, skills, small, small_skills
 from data.mini import text_stream as dialog_mini
 from llaca import machine
 from llaca.config import DEFAULT_RECIPE, Recipe, load_recipe
@@ -35,6 +35,7 @@ GENERATED = {
     Path("data/coin_mini_fourfold"): fourfold,
     Path("data/coin_mini_skills"): skills,
     Path("data/coin_small"): small,
+    Path("data/coin_small_skills"): small_skills,
     Path("data/dialog_mini"): dialog_mini,
 }
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]

@@ -8,7 +8,9 @@ import argparse
 import math
 import os
 import shutil
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,27 +18,71 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from scripts import tiny_seeing, tiny_t5
+from scripts import small_seeing, tiny_seeing, tiny_t5
+from scripts.small_family import SmallLlava
 from scripts.tiny_families import FAMILIES
 
-COURSES = {family: tiny_seeing for family in FAMILIES} | {"t5": tiny_t5}
-ALL = FAMILIES | {"t5": tiny_t5.TinyT5}
+COURSES = {family: tiny_seeing for family in FAMILIES} | {"t5": tiny_t5, "small": small_seeing}
+ALL = FAMILIES | {"t5": tiny_t5.TinyT5, "small": SmallLlava}
+EVERY = 500  # steps, after which what is trained so far is kept
 
 
-def run_phase(name: str, module: nn.Module, batches, steps: int, args) -> None:
-    """Trains a phase of the course with linear warm-up and cosine decay, and saves the model into `args.out`."""
+@dataclass
+class Progress:
+    """How far a pre-training has come: kept in a file every `EVERY` steps, so that the same command goes on there.
+
+    What every phase leaves as it is (the family's `frozen`) is not kept again.
+    """
+
+    file: Path
+    told: dict  # what has to be the same when it goes on
+    family: object
+    phase: int = 0
+    step: int = 0
+
+    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Keep module and optimizer, whole or not at all."""
+        weights = {k: v for k, v in module.state_dict().items() if not k.startswith(self.family.frozen)}
+        state = {"told": self.told, "phase": self.phase, "step": self.step, "weights": weights}
+        draft = self.file.with_suffix(".draft")
+        torch.save(state | {"optimizer": optimizer.state_dict()}, draft)
+        draft.replace(self.file)
+
+    def load(self) -> dict | None:
+        """What was kept. Raises ValueError if it was kept by another command."""
+        if not self.file.is_file():
+            return None
+        state = torch.load(self.file, weights_only=True)
+        if state["told"] != self.told:
+            raise ValueError(
+                f"{self.file} was begun with {state['told']}, not with {self.told}: remove it to begin anew"
+            )
+        self.phase, self.step = state["phase"], state["step"]
+        return state
+
+
+def run_phase(name: str, module: nn.Module, batches, steps: int, args, progress: Progress, state: dict | None) -> None:
+    """Trains a phase of the course with linear warm-up and cosine decay, from the step that `progress` tells.
+
+    Every step draws from a seed of its own, so that a phase that goes on, and later phases alone, continue as one long
+    run would.
+    """
     phase, seeing = COURSES[args.family].PHASES[name], module.begin(name)
-    wrapped = DistributedDataParallel(module) if args.world > 1 else module
+    wrapped = DistributedDataParallel(module, forward_sync_buffers=False) if args.world > 1 else module
     groups = [{"params": [], "peak": phase.lr}, {"params": [], "peak": phase.vision_lr}]
     for parameter in module.parameters():
         if parameter.requires_grad:
             groups[id(parameter) in seeing]["params"].append(parameter)
+    groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
-    start, recent = time.time(), None
-    for step in range(1, steps + 1):
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+    start, first, recent = time.time(), progress.step, None
+    for step in range(first + 1, steps + 1):
         scale = min(1.0, step / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * scale
+        batches.rng.seed(f"{args.seed} {name} {step} {args.rank}")
         batch = batches.draw(name)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             loss, parts = wrapped(*batch)
@@ -45,20 +91,21 @@ def run_phase(name: str, module: nn.Module, batches, steps: int, args) -> None:
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         recent = parts if recent is None else 0.98 * recent + 0.02 * parts
+        progress.step = step
         if args.rank == 0 and step % 100 == 0:
             seconds = time.time() - start
             print(
                 f"{name} {step}/{steps} language {recent[0]:.4f} patches {recent[1]:.4f} "
-                f"{step * phase.batch * args.world / seconds:.0f} samples/s, "
-                f"{seconds / step * (steps - step) / 60:.0f} min left",
+                f"{(step - first) * phase.batch * args.world / seconds:.0f} samples/s, "
+                f"{seconds / (step - first) * (steps - step) / 60:.0f} min left",
                 flush=True,
             )
-        if args.rank == 0 and (step % 1000 == 0 or step == steps):
-            module.model.save_pretrained(args.out)
+        if args.rank == 0 and (step % EVERY == 0 or step == steps):
+            progress.save(module, optimizer)
 
 
 def main() -> None:
-    """Command line; every phase draws from a seed of its own, so later phases alone continue as one long run would."""
+    """Command line. A call that was broken off goes on when it is typed again."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--family", choices=list(ALL), default="llava", help="the model_type of config.json")
     parser.add_argument("--out", type=Path, required=True)
@@ -83,7 +130,14 @@ def main() -> None:
     if len(steps) != len(names):
         parser.error(f"{len(names)} phases ({', '.join(names)}) take as many --steps")
     family = ALL[args.family](args.start_from or args.out)
-    if args.rank == 0 and not args.start_from:
+    told = {"family": args.family, "seed": args.seed, "phases": names, "steps": steps, "processes": args.world}
+    told |= {"start_from": str(args.start_from), "bf16": args.bf16}
+    progress = Progress(args.out / "progress.pt", told, family)
+    try:
+        state = progress.load()
+    except ValueError as error:
+        sys.exit(f"scripts.pretrain_tiny: {error}")
+    if args.rank == 0 and not args.start_from and state is None:
         family.write(args.instructions)
     if args.world > 1:
         dist.barrier()
@@ -96,11 +150,16 @@ def main() -> None:
         print(f"{count:,} parameters, {len(family.tokenizer)} tokens", flush=True)
     course = COURSES[args.family]
     module = course.Pretraining(model.train(), family)
-    for name, count in zip(names, steps, strict=True):
-        seed = 1_000_003 * (args.seed + 1) + 1_009 * list(phases).index(name) + args.rank
-        run_phase(name, module, course.Batches(family, seed), count, args)
+    if state:
+        module.load_state_dict(state["weights"], strict=False)
+        print(f"goes on in phase {names[progress.phase]} after step {progress.step}", flush=True)
+    batches = course.Batches(family)
+    for number in range(progress.phase, len(names)):
+        run_phase(names[number], module, batches, steps[number], args, progress, state)
+        progress.phase, progress.step, state = number + 1, 0, None
     if args.rank == 0:
-        model.half().save_pretrained(args.out)
+        family.finished(model).save_pretrained(args.out)
+        progress.file.unlink()
     if args.world > 1:
         dist.destroy_process_group()
 

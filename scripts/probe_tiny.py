@@ -1,4 +1,4 @@
-"""Probes what a tiny base can do before any LoRA: `python -m scripts.probe_tiny [--base DIR] [--per-skill N]`.
+"""Probes what a base can do before any LoRA: `python -m scripts.probe_tiny [--base DIR] [--world small]`.
 
 Asks fresh questions of the pre-training corpus, one skill at a time, and compares the answers: a choice by its letter,
 a place by IoU > 0.5, everything else word for word. A base without pictures is asked the simple tasks that come before
@@ -12,8 +12,10 @@ import re
 import tempfile
 from pathlib import Path
 
+from data.mini import small
 from data.mini.dialogues import FIRST
 from data.mini.skills import questions
+from data.mini.world import MINI
 from data.prepare.instructions import prompt
 from eval.tasks.grounding import intersection_over_union
 from llava.backbones import load_base
@@ -47,6 +49,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, default=Path("checkpoints/tiny-llava"))
+    parser.add_argument("--world", choices=("mini", "small"), default="mini", help="what the questions are about")
     parser.add_argument("--per-skill", type=int, default=200)
     parser.add_argument("--seed", type=int, default=987654321, help="not the seed of pre-training")
     parser.add_argument("--json", type=Path)
@@ -56,7 +59,8 @@ def main() -> None:
         if backbone.template.placeholder is None:
             cases = text_questions(args.per_skill, args.seed)
         else:
-            cases = questions(args.per_skill, Path(folder), args.seed)
+            world = MINI if args.world == "mini" else small.world_of()
+            cases = questions(args.per_skill, Path(folder), args.seed, world)
         texts, _, images = zip(*(case for rows in cases.values() for case in rows), strict=True)
         answers = iter(generate_answers(Decoder(model, backbone, 40), texts, images, 64))
     scores = {}

@@ -1,6 +1,7 @@
 """The tiny base models of CoIN-mini, a class a family: tokenizer, processor, random weights, what is asked of patches.
 
-All see the same pictures, 48 pixels along the longer side, and cut them into squares of 8 pixels, a token each.
+All see the same pictures, 48 pixels along the longer side, and cut them into squares of 8 pixels, a token each; in a
+world of twice the size (data/mini/world.py) both are.
 """
 
 import json
@@ -8,6 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,7 +34,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data.mini import corpus
 from data.mini.tasks import TASKS
-from data.mini.world import AUTHORS, COLORS, GENRES, GLYPHS, GRID, MINI, SHAPES, SIDE, SIGNS, TITLES, Scene, draw
+from data.mini.world import AUTHORS, COLORS, GENRES, MINI, SHAPES, SIDE, SIGNS, TITLES, Scene, World, draw
 from llava.backbones.llava15 import PLACEHOLDER, SYSTEM, VICUNA
 from llava.backbones.qwen_vl import Qwen3VL, Qwen25VL
 
@@ -51,17 +53,7 @@ class Phase:
     echo: bool = False
 
 
-PATCH = 8  # pixels along a square that is one token
-NAMES = [
-    "",
-    *GLYPHS,
-    *(f"{c} {s}" for s in SHAPES for c in COLORS),
-    *GENRES,
-    *(f"{w}!" for w in SIGNS),
-    *TITLES,
-    *AUTHORS,
-]
-NAME_ID = {name: i for i, name in enumerate(NAMES)}
+PATCH = 8  # pixels along a square that is one token, in CoIN-mini
 COLOR_ID = {color: i + 1 for i, color in enumerate(COLORS)}
 # What every language model of them has in common.
 TEXT = {"hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 5, "num_attention_heads": 5,
@@ -98,24 +90,33 @@ def learn_pieces(instructions: Path, more: Sequence[str], samples: int = 20_000)
     return {piece: i for i, piece in enumerate(pieces)}, [tuple(merge) for merge in state["merges"]]
 
 
+@cache
+def names_of(world: World) -> dict[str, int]:
+    """The names of all that a patch may show, numbered; 0 is nothing."""
+    shapes, signs = (f"{c} {s}" for s in SHAPES for c in COLORS), (f"{word}!" for word in SIGNS)
+    named = dict.fromkeys(["", *world.pictures, *shapes, *GENRES, *signs, *TITLES, *AUTHORS])
+    return {name: number for number, name in enumerate(named)}
+
+
 def patch_targets(scene: Scene, frame: tuple[int, int, int, int]) -> torch.Tensor:
     """What covers each square of a frame (left, top, right, bottom) of the picture padded to a square, row by row:
     [squares, 6], name, colour and box corners in grid units; -100 where there is none."""
-    left, top, right, bottom = frame
-    columns, rows = (right - left) // PATCH, (bottom - top) // PATCH
-    dx, dy = (SIDE - scene.size[0]) // 2, (SIDE - scene.size[1]) // 2
-    best = [(15, 0, 0, -100, -100, -100, -100)] * (columns * rows)
+    world, (left, top, right, bottom) = scene.world, frame
+    names, side, grid, square = names_of(world), world.side, world.grid, PATCH * world.unit
+    columns, rows = (right - left) // square, (bottom - top) // square
+    dx, dy = (side - scene.size[0]) // 2, (side - scene.size[1]) // 2
+    best = [(square * square // 4 - 1, 0, 0, -100, -100, -100, -100)] * (columns * rows)
     for thing in [] if scene.unclear else scene.things:
         x1, y1, x2, y2 = thing.box[0] + dx, thing.box[1] + dy, thing.box[2] + dx, thing.box[3] + dy
         name = f"{thing.name}!" if thing.kind == "sign" else thing.phrase if thing.kind == "shape" else thing.name
         color = COLOR_ID[thing.color] if thing.color else 0
-        corners = [(v + GRID // 2) // GRID for v in (x1, y1, x2, y2)]
-        for row in range((y1 - top) // PATCH, math.ceil((y2 - top) / PATCH)):
-            for column in range((x1 - left) // PATCH, math.ceil((x2 - left) / PATCH)):
-                x, y = left + column * PATCH, top + row * PATCH
-                overlap = (min(x2, x + PATCH) - max(x1, x)) * (min(y2, y + PATCH) - max(y1, y))
+        corners = [(v + grid // 2) // grid for v in (x1, y1, x2, y2)]
+        for row in range((y1 - top) // square, math.ceil((y2 - top) / square)):
+            for column in range((x1 - left) // square, math.ceil((x2 - left) / square)):
+                x, y = left + column * square, top + row * square
+                overlap = (min(x2, x + square) - max(x1, x)) * (min(y2, y + square) - max(y1, y))
                 if overlap > best[row * columns + column][0]:
-                    best[row * columns + column] = (overlap, NAME_ID[name], color, *corners)
+                    best[row * columns + column] = (overlap, names[name], color, *corners)
     return torch.tensor([b[1:] for b in best])
 
 
@@ -123,7 +124,9 @@ class TinyLlava:
     """A LLaVA-1.5 of 2.9 M parameters: pictures are padded to a square, 36 tokens each."""
 
     template = VICUNA
+    world = MINI
     width = 128  # of what the probe reads
+    frozen: ClassVar[tuple[str, ...]] = ()  # what of the module no phase trains
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -161,7 +164,7 @@ class TinyLlava:
         processor = LlavaProcessor.from_pretrained(self.folder, backend="pil")
         self.tokenizer = processor.tokenizer
         mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
-        self.fill = tuple(int(255 * m) for m in mean)
+        self.fill = tuple(int(255 * m) for m in mean)  # of what pads a picture
         self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 
     def model(self) -> LlavaForConditionalGeneration:
@@ -200,6 +203,11 @@ class TinyLlava:
         return self.prepared(LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
 
     @staticmethod
+    def finished(model: PreTrainedModel) -> PreTrainedModel:
+        """The same, to save."""
+        return model.half()
+
+    @staticmethod
     def prepared(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
         """The same, to train."""
         model.set_attn_implementation("eager")
@@ -212,16 +220,18 @@ class TinyLlava:
 
     def targets(self, scenes: Sequence[Scene]) -> torch.Tensor:
         """`patch_targets` of all their squares."""
-        return torch.cat([patch_targets(scene, (0, 0, SIDE, SIDE)) for scene in scenes])
+        side = self.world.side
+        return torch.cat([patch_targets(scene, (0, 0, side, side)) for scene in scenes])
 
     def pictures(self, scenes: Sequence[Scene]) -> dict[str, torch.Tensor]:
-        """What the processor gives: pictures are 48 pixels long already, so they are padded and normalised."""
-        canvas = torch.empty(len(scenes), SIDE, SIDE, 3, dtype=torch.uint8)
+        """What the processor gives: pictures are as long as the tower takes them, so they are padded and normalised."""
+        side = self.world.side
+        canvas = torch.empty(len(scenes), side, side, 3, dtype=torch.uint8)
         canvas[:] = torch.tensor(self.fill, dtype=torch.uint8)
         for row, scene in zip(canvas, scenes, strict=True):
             width, height = scene.size
             picture = torch.frombuffer(bytearray(draw(scene).tobytes()), dtype=torch.uint8).view(height, width, 3)
-            x, y = (SIDE - width) // 2, (SIDE - height) // 2
+            x, y = (side - width) // 2, (side - height) // 2
             row[y : y + height, x : x + width] = picture
         return {"pixel_values": (canvas.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std}
 
@@ -247,7 +257,9 @@ class TinyQwen25:
 
     family = Qwen25VL
     template = Qwen25VL.template
+    world = MINI
     width = TEXT["hidden_size"]
+    frozen: ClassVar[tuple[str, ...]] = ()
     steps: ClassVar = {"vision": 3000, "whole": 3000, "finish": 1000}  # an hour, like LLaVA's more
 
     def __init__(self, folder: Path):
@@ -319,6 +331,11 @@ class TinyQwen25:
     def load(self, folder: Path) -> PreTrainedModel:
         """A trained one."""
         return self.family.model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+    @staticmethod
+    def finished(model: PreTrainedModel) -> PreTrainedModel:
+        """The same, to save."""
+        return model.half()
 
     def tokens(self, scene: Scene) -> int:
         """How many the picture takes."""

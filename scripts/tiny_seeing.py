@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from data.mini import corpus
-from data.mini.world import GRID, SIDE
+from data.mini.world import GRID, SIDE, World
 from llava.conversation import Vocabulary, encode
-from scripts.tiny_families import COLOR_ID, NAMES, Phase, TinyLlava, TinyQwen25
+from scripts.tiny_families import COLOR_ID, Phase, TinyLlava, TinyQwen25, names_of
 
 CELLS = SIDE // GRID + 1
 Family = TinyLlava | TinyQwen25
@@ -29,9 +29,9 @@ PHASES = {
 class PatchProbe(nn.Module):
     """Linear read-outs of each patch's feature: name, colour, box corners on the grid, and the number of copies."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, world: World):
         super().__init__()
-        self.name = nn.Linear(width, len(NAMES))
+        self.name = nn.Linear(width, len(names_of(world)))
         self.color = nn.Linear(width, len(COLOR_ID) + 1)
         self.box = nn.Linear(width, 4 * CELLS)
 
@@ -45,10 +45,10 @@ class PatchProbe(nn.Module):
 
 
 class Batches:
-    """Endless random batches of one rank."""
+    """Endless random batches of one rank, from `rng` as it is seeded."""
 
-    def __init__(self, family: Family, seed: int):
-        self.family, self.rng = family, random.Random(seed)
+    def __init__(self, family: Family):
+        self.family, self.rng = family, random.Random()
         self.vocabulary = Vocabulary.of(family.tokenizer, family.template)
 
     def draw(self, name: str) -> tuple[dict, torch.Tensor, float]:
@@ -95,7 +95,7 @@ class Pretraining(nn.Module):
 
     def __init__(self, model: PreTrainedModel, family: Family):
         super().__init__()
-        self.model, self.family, self.probe = model, family, PatchProbe(family.width)
+        self.model, self.family, self.probe = model, family, PatchProbe(family.width, family.world)
 
     def begin(self, name: str) -> set[int]:
         """Have a phase train what it trains; return the ids of the parameters of what sees."""

@@ -8,6 +8,7 @@ learning.
 import random
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -34,6 +35,8 @@ def texts(rng: random.Random, count: int) -> list[str]:
 
 class TinyT5:
     """A T5 of 1.2 M parameters and a vocabulary of whole words."""
+
+    frozen: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -76,6 +79,11 @@ class TinyT5:
         """A trained one."""
         return T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
 
+    @staticmethod
+    def finished(model: T5ForConditionalGeneration) -> T5ForConditionalGeneration:
+        """The same, to save."""
+        return model.half()
+
 
 def _words(text: str) -> list[str]:
     """A text's words as pieces, signs apart."""
@@ -105,10 +113,10 @@ def _parts(total: int, count: int, rng: random.Random) -> list[int]:
 
 
 class Batches:
-    """Endless random batches of one rank."""
+    """Endless random batches of one rank, from `rng` as it is seeded."""
 
-    def __init__(self, family: TinyT5, seed: int):
-        self.family, self.rng = family, random.Random(seed)
+    def __init__(self, family: TinyT5):
+        self.family, self.rng = family, random.Random()
 
     def draw(self, name: str) -> tuple[dict[str, torch.Tensor]]:
         """A batch of one of PHASES, as `Pretraining` takes it."""

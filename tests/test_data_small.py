@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from data.check import check_benchmark
-from data.mini import scenes, small
+from data.mini import scenes, skills, small, small_skills
 from data.mini.tasks import TASKS
 from data.mini.wordnet import Nouns
 from data.mini.world import AUTHORS, SIGNS, TITLES, draw
@@ -181,6 +181,16 @@ def test_the_benchmark_is_coins_and_the_same_of_the_same_seed(sources, tmp_path,
     records = json.loads((folders[0] / "Instructions" / "ImageNet" / "train.json").read_text())
     with Image.open(folders[0] / "cl_dataset" / records[0]["image"]) as picture:
         assert max(picture.size) == 96
+
+
+def test_the_skills_are_asked_in_the_same_world_beside_what_wordnet_says(sources, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(skills, "PER_SKILL", 2)
+    small_skills.fill(tmp_path, 1, world, Nouns(sources[1]))
+    asked = json.loads((tmp_path / "name-an-object" / "test.json").read_text())
+    shown = {f"I see {'an' if name[0] in 'aeiou' else 'a'} {name} here." for name in world.portraits}
+    assert len(asked) == 2 and all(record["answers"][0] in shown for record in asked)
+    text = (tmp_path / "definitions.txt").read_text()
+    assert text.splitlines() == [f"{word}: a gloss | of it." for word in ("Kiwi", "Soccer", "Eagle", "Moa")]
 
 
 @pytest.mark.parametrize("lacking", ["stamps", "wordnet"])

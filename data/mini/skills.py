@@ -16,7 +16,7 @@ import yaml
 
 from data.mini import corpus
 from data.mini.folder import command, is_version, make
-from data.mini.world import draw
+from data.mini.world import MINI, World, draw
 
 NAME, VERSION = "CoIN-mini's skills", 1
 PER_SKILL = 60
@@ -55,13 +55,15 @@ def skill_of(kind: str | None, question: str) -> str | None:
     return None
 
 
-def questions(per_skill: int, folder: Path, seed: int) -> dict[str, list[tuple[str, str, Path | None]]]:
-    """`per_skill` (question, expected answer, picture) of every skill, pictures saved into `folder`."""
+def questions(
+    per_skill: int, folder: Path, seed: int, world: World = MINI
+) -> dict[str, list[tuple[str, str, Path | None]]]:
+    """`per_skill` (question, expected answer, picture) of every skill in a world, pictures saved into `folder`."""
     rng, found, names = random.Random(seed), defaultdict(list), [skill for skill, *_ in SKILLS]
     while any(len(found[name]) < per_skill for name in names):
-        scene, turns = corpus.conversation(rng, 9)
+        scene, turns = corpus.conversation(rng, 9, world)
         path = None
-        cases = [(scene.kind, turn) for turn in turns] + [(None, turn) for turn in corpus.text_only(rng)]
+        cases = [(scene.kind, turn) for turn in turns] + [(None, turn) for turn in corpus.text_only(rng, world)]
         for kind, (question, answer) in cases:
             skill = skill_of(kind, question)
             if skill and len(found[skill]) < per_skill:
@@ -91,13 +93,13 @@ def build(root: Path, seed: int = SEED) -> bool:
     return make(root, described, partial(fill, seed=seed))
 
 
-def fill(root: Path, seed: int) -> None:
-    """Writes the benchmark into an empty folder."""
+def fill(root: Path, seed: int, world: World = MINI, name: str = NAME) -> None:
+    """Writes the benchmark of a world into an empty folder."""
     (root / "pictures").mkdir()
-    found = questions(PER_SKILL, root / "pictures", seed)
+    found = questions(PER_SKILL, root / "pictures", seed, world)
     del found["point at a thing"]
     tasks = {skill: {"folders": [skill.replace(" ", "-")], "scoring": "exact", "max_new_tokens": 40} for skill in found}
-    spec = {"name": NAME, "images": "pictures", "tasks": tasks}
+    spec = {"name": name, "images": "pictures", "tasks": tasks}
     (root / "benchmark.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
     for skill, asked in found.items():
         records = [

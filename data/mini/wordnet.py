@@ -11,7 +11,8 @@ class Nouns:
     """What is a kind of what. A synset is the number that data.noun gives it.
 
     senses: word -> its synsets, the most frequent first; met: word -> how often its first sense was met in the texts
-    that WordNet's authors tagged. Raises FileNotFoundError where the files are not.
+    that WordNet's authors tagged; glosses: synset -> what it means, in words. Raises FileNotFoundError where the files
+    are not.
     """
 
     def __init__(self, source: Path = SOURCE):
@@ -33,8 +34,11 @@ class Nouns:
             if kind.startswith("1:") and number == "1":  # a noun
                 self.met[word.replace("_", " ")] = int(times)
         self._above: dict[int, list[int]] = {}
+        self.glosses: dict[int, str] = {}
         for line in _lines(source / "data.noun"):
-            offset, _, _, words, *rest = line.partition(" | ")[0].split()
+            data, _, gloss = line.partition(" | ")
+            offset, _, _, words, *rest = data.split()
+            self.glosses[int(offset)] = gloss.strip()
             pointers = rest[2 * int(words, 16) :]
             pairs = zip(pointers[1::4], pointers[2::4], strict=True)
             self._above[int(offset)] = [int(other) for symbol, other in pairs if symbol in ("@", "@i")]
