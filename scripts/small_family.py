@@ -15,9 +15,7 @@ from transformers import (
     GgufConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
 )
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from data.mini import small
 from data.packages import UNPACKED
@@ -56,20 +54,7 @@ class SmallLlava(TinyLlava):
         tokenizer.add_tokens([AddedToken(PLACEHOLDER, special=True, normalized=False)])
         tokenizer.image_token, tokenizer.chat_template = PLACEHOLDER, CHAT_TEMPLATE
         tokenizer.pad_token, tokenizer.padding_side, tokenizer.model_max_length = tokenizer.eos_token, "right", 2048
-        side, square = self.world.side, PATCH * self.world.unit
-        images = LlavaImageProcessorPil(
-            do_pad=True,
-            size={"shortest_edge": side},
-            crop_size={"height": side, "width": side},
-            do_center_crop=True,
-        )
-        LlavaProcessor(
-            image_processor=images,
-            tokenizer=tokenizer,
-            patch_size=square,
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,
-        ).save_pretrained(self.folder)
+        self.write_processor(tokenizer)
         language = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True))
         language = language.float()
         language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -77,6 +62,7 @@ class SmallLlava(TinyLlava):
         text = language.config
         text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         text.pad_token_id = tokenizer.pad_token_id
+        side, square = self.world.side, PATCH * self.world.unit
         vision = CLIPVisionConfig(
             hidden_size=self.width,
             intermediate_size=4 * self.width,

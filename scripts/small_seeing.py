@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from data.mini import corpus
-from llava.conversation import Vocabulary, encode
+from scripts import tiny_seeing
 from scripts.small_family import SmallLlava
 from scripts.tiny_families import Phase, names_of
 from scripts.tiny_seeing import PatchProbe
@@ -24,7 +24,7 @@ from scripts.tiny_seeing import PatchProbe
 PHASES = {
     "vision": Phase(6000, lr=1e-3, vision_lr=1e-3, batch=32, side=1.0),
     "words": Phase(1500, lr=1e-3, batch=32),
-    "projector": Phase(600, lr=1e-3, batch=8, text_share=0.0),
+    "projector": Phase(600, lr=1e-3, batch=8),
 }
 TAUGHT = 8  # pictures of a batch that the teacher looks at, too
 DEPTH, SIDE = 320, 192  # channels of the teacher's last block; pixels for a map of 6 x 6
@@ -62,38 +62,14 @@ class Teacher:
         return self.kept.float().flatten(2).transpose(1, 2)
 
 
-class Batches:
+class Batches(tiny_seeing.Batches):
     """Endless random batches of one rank, from `rng` as it is seeded."""
-
-    def __init__(self, family: SmallLlava):
-        self.family, self.rng = family, random.Random()
-        self.vocabulary = Vocabulary.of(family.tokenizer, family.template)
 
     def draw(self, name: str) -> tuple[dict, torch.Tensor, float]:
         """A batch of one of PHASES, as `Pretraining` takes it."""
         phase = PHASES[name]
-        if name == "projector":
-            return *self.conversations(phase.batch), phase.side
-        scenes = [corpus.scene(self.rng, self.family.world)[1] for _ in range(phase.batch)]
-        return self.family.pictures(scenes), self.family.targets(scenes), phase.side
-
-    def conversations(self, size: int) -> tuple[dict, torch.Tensor]:
-        """A batch for the whole model. The attention mask tells padding, whose token ends every answer, too."""
-        rows, scenes = [], []
-        for _ in range(size):
-            scene, turns = corpus.conversation(self.rng, 3, self.family.world)
-            turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
-            encoded = encode(self.vocabulary, turns, self.family.tokens(scene), 512)
-            rows.append((encoded.input_ids, encoded.labels))
-            scenes.append(scene)
-        length, pad = max(len(ids) for ids, _ in rows), self.family.tokenizer.pad_token_id
-        inputs = {
-            "input_ids": torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows]),
-            "labels": torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in rows]),
-            **self.family.pictures(scenes),
-        }
-        return inputs, torch.empty(0)
+        drawn = self.conversations(phase.batch, turns=3) if name == "projector" else self.vision(phase.batch)
+        return *drawn, phase.side
 
 
 class Pretraining(nn.Module):

@@ -145,16 +145,21 @@ class TinyLlava:
             extra_special_tokens={"image_token": PLACEHOLDER},
         )
         tokenizer.add_tokens([AddedToken(SYSTEM, normalized=False)])
+        self.write_processor(tokenizer)
+
+    def write_processor(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Write a tokenizer with what makes pictures of the world's size into as many tokens as they have squares."""
+        side = self.world.side
         images = LlavaImageProcessorPil(
             do_pad=True,
-            size={"shortest_edge": SIDE},
-            crop_size={"height": SIDE, "width": SIDE},
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
             do_center_crop=True,
         )
         LlavaProcessor(
             image_processor=images,
             tokenizer=tokenizer,
-            patch_size=PATCH,
+            patch_size=PATCH * self.world.unit,
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,
         ).save_pretrained(self.folder)

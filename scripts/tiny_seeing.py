@@ -60,7 +60,7 @@ class Batches:
 
     def vision(self, size: int) -> tuple[dict, torch.Tensor]:
         """Pictures, and the targets of their patches."""
-        scenes = [corpus.scene(self.rng)[1] for _ in range(size)]
+        scenes = [corpus.scene(self.rng, self.family.world)[1] for _ in range(size)]
         return self.family.pictures(scenes), self.family.targets(scenes)
 
     def encode(self, turns: list[corpus.Turn], tokens: int) -> tuple[list[int], list[int]]:
@@ -68,13 +68,16 @@ class Batches:
         encoded = encode(self.vocabulary, turns, tokens, 512)
         return encoded.input_ids, encoded.labels
 
-    def conversations(self, size: int, text_share: float, echo: bool) -> tuple[dict, torch.Tensor]:
-        """A batch for the whole model, pictures first, and the patch targets of its pictures."""
+    def conversations(
+        self, size: int, text_share: float = 0.0, echo: bool = False, turns: int = 4
+    ) -> tuple[dict, torch.Tensor]:
+        """A batch for the whole model, pictures first, and the patch targets of its pictures. The attention mask alone
+        tells padding, whose token may end answers, too."""
         texts = round(size * text_share)
-        with_picture = [corpus.conversation(self.rng) for _ in range(size - texts)]
-        for _, turns in with_picture:
-            turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
-        rows = [self.encode(turns, self.family.tokens(scene)) for scene, turns in with_picture]
+        with_picture = [corpus.conversation(self.rng, turns, self.family.world) for _ in range(size - texts)]
+        for _, said in with_picture:
+            said[0] = (f"<image>\n{said[0][0]}", said[0][1])
+        rows = [self.encode(said, self.family.tokens(scene)) for scene, said in with_picture]
         talk = [corpus.echo if echo and i % 2 else corpus.text_only for i in range(texts)]
         rows += [self.encode(say(self.rng), 0) for say in talk]
         length, pad = max(len(ids) for ids, _ in rows), self.family.tokenizer.pad_token_id
