@@ -13,7 +13,6 @@ from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
     GgufConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
 )
 
@@ -72,16 +71,7 @@ class SmallLlava(TinyLlava):
             patch_size=square,
             projection_dim=self.width,
         )
-        config = LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_index=tokenizer.convert_tokens_to_ids(PLACEHOLDER),
-            image_seq_length=(side // square) ** 2,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="default",
-            tie_word_embeddings=True,
-        )
-        model = LlavaForConditionalGeneration(config)
+        model = LlavaForConditionalGeneration(self.joined(tokenizer, vision, text))
         model.model.language_model.load_state_dict(language.model.state_dict())
         model.tie_weights()
         model.generation_config.eos_token_id = tokenizer.eos_token_id

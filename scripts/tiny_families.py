@@ -192,16 +192,19 @@ class TinyLlava:
             pad_token_id=tokenizer.pad_token_id,
             **TEXT,
         )
-        config = LlavaConfig(
+        return self.prepared(LlavaForConditionalGeneration(self.joined(tokenizer, vision, text)))
+
+    def joined(self, tokenizer: PreTrainedTokenizerFast, vision: CLIPVisionConfig, text: LlamaConfig) -> LlavaConfig:
+        """The configuration of a tower before a language model: the last layer's patches, a token each."""
+        return LlavaConfig(
             vision_config=vision,
             text_config=text,
             image_token_index=tokenizer.convert_tokens_to_ids(PLACEHOLDER),
-            image_seq_length=(SIDE // PATCH) ** 2,
+            image_seq_length=(vision.image_size // vision.patch_size) ** 2,
             vision_feature_layer=-1,
             vision_feature_select_strategy="default",
-            tie_word_embeddings=False,
+            tie_word_embeddings=text.tie_word_embeddings,
         )
-        return self.prepared(LlavaForConditionalGeneration(config))
 
     def load(self, folder: Path) -> LlavaForConditionalGeneration:
         """A trained one."""

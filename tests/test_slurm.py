@@ -1,6 +1,7 @@
 """scripts/slurm.sh between stand-ins for srun and scontrol, which behave as SLURM 22.05.8 was seen to.
 
-And two processes, one of which is told to save."""
+And two processes, one of which is told to save.
+"""
 
 import json
 import os
