@@ -61,47 +61,61 @@ class Progress:
         return state
 
 
-def run_phase(name: str, module: nn.Module, batches, steps: int, args, progress: Progress, state: dict | None) -> None:
-    """Trains a phase of the course with linear warm-up and cosine decay, from the step that `progress` tells.
+@dataclass
+class Pretraining:
+    """One process of a pre-training: what it trains, on which batches, by the command line `args`."""
 
-    Every step draws from a seed of its own, so that a phase that goes on, and later phases alone, continue as one long
-    run would.
-    """
-    phase, seeing = COURSES[args.family].PHASES[name], module.begin(name)
-    wrapped = DistributedDataParallel(module, forward_sync_buffers=False) if args.world > 1 else module
-    groups = [{"params": [], "peak": phase.lr}, {"params": [], "peak": phase.vision_lr}]
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            groups[id(parameter) in seeing]["params"].append(parameter)
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-    start, first, recent = time.time(), progress.step, None
-    for step in range(first + 1, steps + 1):
-        scale = min(1.0, step / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * scale
-        batches.rng.seed(f"{args.seed} {name} {step} {args.rank}")
-        batch = batches.draw(name)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            loss, parts = wrapped(*batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        recent = parts if recent is None else 0.98 * recent + 0.02 * parts
-        progress.step = step
-        if args.rank == 0 and step % 100 == 0:
-            seconds = time.time() - start
-            print(
-                f"{name} {step}/{steps} language {recent[0]:.4f} patches {recent[1]:.4f} "
-                f"{(step - first) * phase.batch * args.world / seconds:.0f} samples/s, "
-                f"{seconds / (step - first) * (steps - step) / 60:.0f} min left",
-                flush=True,
-            )
-        if args.rank == 0 and (step % EVERY == 0 or step == steps):
-            progress.save(module, optimizer)
+    args: argparse.Namespace
+    module: nn.Module
+    batches: object
+    progress: Progress
+
+    def run_phase(self, name: str, steps: int, optimizer_state: dict | None) -> None:
+        """Train a phase of the course with linear warm-up and cosine decay, from the step that `progress` tells.
+
+        Every step draws from a seed of its own, so that a phase that goes on, and later phases alone, continue as one
+        long run would.
+        """
+        args, module, progress = self.args, self.module, self.progress
+        phase, seeing = COURSES[args.family].PHASES[name], module.begin(name)
+        wrapped = DistributedDataParallel(module, forward_sync_buffers=False) if args.world > 1 else module
+        optimizer = self.optimizer(phase, seeing)
+        if optimizer_state:
+            optimizer.load_state_dict(optimizer_state)
+        start, first, recent = time.time(), progress.step, None
+        for step in range(first + 1, steps + 1):
+            scale = min(1.0, step / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * scale
+            self.batches.rng.seed(f"{args.seed} {name} {step} {args.rank}")
+            batch = self.batches.draw(name)
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                loss, parts = wrapped(*batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            recent = parts if recent is None else 0.98 * recent + 0.02 * parts
+            progress.step = step
+            if args.rank == 0 and step % 100 == 0:
+                seconds = time.time() - start
+                print(
+                    f"{name} {step}/{steps} language {recent[0]:.4f} patches {recent[1]:.4f} "
+                    f"{(step - first) * phase.batch * args.world / seconds:.0f} samples/s, "
+                    f"{seconds / (step - first) * (steps - step) / 60:.0f} min left",
+                    flush=True,
+                )
+            if args.rank == 0 and (step % EVERY == 0 or step == steps):
+                progress.save(module, optimizer)
+
+    def optimizer(self, phase, seeing: set[int]) -> torch.optim.Optimizer:
+        """AdamW of what the phase trains; what sees has a rate of its own."""
+        groups = [{"params": [], "peak": phase.lr}, {"params": [], "peak": phase.vision_lr}]
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                groups[id(parameter) in seeing]["params"].append(parameter)
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
 
 
 def main() -> None:
@@ -153,9 +167,9 @@ def main() -> None:
     if state:
         module.load_state_dict(state["weights"], strict=False)
         print(f"goes on in phase {names[progress.phase]} after step {progress.step}", flush=True)
-    batches = course.Batches(family)
+    training = Pretraining(args, module, course.Batches(family), progress)
     for number in range(progress.phase, len(names)):
-        run_phase(names[number], module, batches, steps[number], args, progress, state)
+        training.run_phase(names[number], steps[number], state and state["optimizer"])
         progress.phase, progress.step, state = number + 1, 0, None
     if args.rank == 0:
         family.finished(model).save_pretrained(args.out)

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from data.mini import corpus
 from scripts import tiny_seeing
 from scripts.small_family import SmallLlava
-from scripts.tiny_families import Phase, names_of
+from scripts.tiny_families import Phase
 from scripts.tiny_seeing import PatchProbe
+from scripts.tiny_targets import names_of
 
 PHASES = {
     "vision": Phase(6000, lr=1e-3, vision_lr=1e-3, batch=32, side=1.0),
@@ -112,7 +113,7 @@ class Pretraining(nn.Module):
     def forward(self, inputs: dict, targets: torch.Tensor, side: float) -> tuple[torch.Tensor, torch.Tensor]:
         """(total loss; language loss or that of words, and patch loss)."""
         if "input_ids" in inputs:
-            language = self.model(**inputs, use_cache=False).loss
+            language = self.language(**inputs)
             return language, torch.stack([language.detach(), torch.zeros(())])
         pixels = inputs["pixel_values"]
         features = self.family.features(self.family.tower(self.model)(pixels, output_hidden_states=True))
@@ -123,6 +124,12 @@ class Pretraining(nn.Module):
         said = self.student(features.view(len(pixels), -1, self.family.width)[:TAUGHT]).float()
         taught = functional.mse_loss(said, self.teacher(pixels[:TAUGHT]))
         return side * patches + taught, torch.stack([taught.detach(), patches.detach()])
+
+    def language(self, labels: torch.Tensor, **inputs) -> torch.Tensor:
+        """The language model's loss; logits are made of the answers alone, a fifth of the tokens."""
+        hidden, labels = self.model.model(**inputs, use_cache=False).last_hidden_state[:, :-1], labels[:, 1:]
+        answers = labels >= 0
+        return functional.cross_entropy(self.model.lm_head(hidden[answers]).float(), labels[answers])
 
     def words(self, shown: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
         """The loss of patches [patches, width of the language model] that things cover."""

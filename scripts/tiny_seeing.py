@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from data.mini import corpus
 from data.mini.world import GRID, SIDE, World
 from llava.conversation import Vocabulary, encode
-from scripts.tiny_families import COLOR_ID, Phase, TinyLlava, TinyQwen25, names_of
+from scripts.tiny_families import Phase, TinyLlava, TinyQwen25
+from scripts.tiny_targets import COLOR_ID, names_of
 
 CELLS = SIDE // GRID + 1
 Family = TinyLlava | TinyQwen25
@@ -36,7 +37,7 @@ class PatchProbe(nn.Module):
         self.box = nn.Linear(width, 4 * CELLS)
 
     def forward(self, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """features: [patches, width]; targets: [patches, 6] of scripts.tiny_families.patch_targets."""
+        """features: [patches, width]; targets: [patches, 6] of scripts.tiny_targets.patch_targets."""
         logits = [self.name(features), self.color(features), *self.box(features).split(CELLS, -1)]
         losses = [
             nn.functional.cross_entropy(row.float(), targets[:, i], ignore_index=-100) for i, row in enumerate(logits)
