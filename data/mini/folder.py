@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,11 @@ def make(root: Path, described: dict[str, Any], fill: Callable[[Path], None]) ->
         named = f"{described['benchmark']} version {described['version']} of seed {described['seed']}"
         raise FileExistsError(f"{root} exists and is not {named}; move it away")
     partial = Path(tempfile.mkdtemp(prefix=f"{root.name}.partial-", dir=root.parent))
-    fill(partial)
+    try:
+        fill(partial)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
     (partial / STAMP).write_text(json.dumps(described, indent=1) + "\n")
     partial.chmod(0o755)
     partial.rename(root)

@@ -7,11 +7,10 @@ The instruction is the whole prompt. The records go through the classes in turn,
 
 import csv
 from collections import Counter
-from collections.abc import Iterable
-from itertools import zip_longest
 from pathlib import Path
 
 from data.prepare.source import Record, Source
+from data.prepare.splits import in_turn
 from data.progress import progress
 
 ANNOTATIONS = ()
@@ -27,9 +26,9 @@ def read(source: Source) -> tuple[list[Record], list[Record]]:
             source.notes.append(f"{count} classes are called '{name}': the answer does not tell them apart")
     validation = source.image_root / FOLDER / "val"
     synsets = progress(names, desc="list pictures", leave=False, delay=3, unit="class")
-    train = _in_turn(_listed(source, "train", synset) for synset in synsets)
+    train = in_turn(_listed(source, "train", synset) for synset in synsets)
     if any((validation / synset).is_dir() for synset in names):
-        evaluated = _in_turn(_listed(source, "val", synset) for synset in names)
+        evaluated = in_turn(_listed(source, "val", synset) for synset in names)
     else:
         evaluated = _solution(source, names)
     return [_record(names, *found) for found in train], [_record(names, *found) for found in evaluated]
@@ -63,11 +62,6 @@ def _listed(source: Source, split: str, synset: str) -> list[tuple[str, str]]:
     if not pictures:
         raise FileNotFoundError(f"{folder}: no *.JPEG in it; unpack the class there or choose others by --synsets")
     return [(f"{FOLDER}/{split}/{synset}/{name}", synset) for name in pictures]
-
-
-def _in_turn(classes: Iterable[list[tuple[str, str]]]) -> list[tuple[str, str]]:
-    """The first of each class, the second of each class, and so on."""
-    return [found for row in zip_longest(*classes) for found in row if found is not None]
 
 
 def _solution(source: Source, names: dict[str, str]) -> list[tuple[str, str]]:

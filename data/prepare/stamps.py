@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 from data.mini.folder import make
 from data.packages import shared
+from data.prepare.splits import SHARES, shared_out
 from data.progress import progress
 
 NAME, VERSION = "Stamps", 1
 SOURCE = shared("tuxpaint/stamps")
 SIZES = {"train": 1200, "dev": 200, "test": 250}
-SHARES = {"train": 0.7, "dev": 0.1, "test": 0.2}  # of the pictures
 SIDE = 96  # pixels of a picture
 KINDS = {"animals": "animal", "food": "food", "plants": "plant", "vehicles": "vehicle", "household": "household thing"}
 WORD = "Answer the question using a single word or phrase."
@@ -119,16 +119,6 @@ def opened(stamp: Stamp) -> Image.Image:
         picture = picture.convert("RGBA")
     picture.thumbnail((2 * SIDE, 2 * SIDE))
     return picture
-
-
-def shared_out(items: list, rng: random.Random) -> dict[str, list]:
-    """Every item in one split, by SHARES."""
-    items, found, begin = rng.sample(items, len(items)), {}, 0.0
-    for split, share in SHARES.items():
-        end = begin + share
-        found[split] = items[round(begin * len(items)) : round(end * len(items))]
-        begin = end
-    return found
 
 
 def balanced(groups: dict[str, list], rng: random.Random) -> Iterator[tuple[str, object]]:
