@@ -1,8 +1,10 @@
 """Probes what a base can do before any LoRA: `python -m scripts.probe_tiny [--base DIR] [--world small]`.
 
 Asks fresh questions of the pre-training corpus, one skill at a time, and compares the answers: a choice by its letter,
-a place by IoU > 0.5, everything else word for word. A base without pictures is asked the simple tasks that come before
-Dialog-mini. Prints accuracies in percent; --json FILE also writes them.
+a place by IoU > 0.5, everything else word for word. A second column has the share of answers that hold the words which
+tell a right answer from the others of its skill, in whatever sentence: a frozen language model is not taught the
+corpus's own. A base without pictures is asked the simple tasks that come before Dialog-mini. Prints percentages; --json
+FILE also writes those of the first column.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import json
 import random
 import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from data.mini import small
@@ -21,6 +24,8 @@ from eval.tasks.grounding import intersection_over_union
 from llava.backbones import load_base
 from llava.generate import generate_answers
 from llava.greedy import Decoder
+
+SHARED = 0.6  # of a skill's answers: what more of them have is the sentence around the answer
 
 
 def right(expected: str, given: str) -> bool:
@@ -34,6 +39,19 @@ def right(expected: str, given: str) -> bool:
         )
     letters = [re.findall(r"\b[A-D]\b", text) for text in (expected, given)]
     return letters[0] == letters[1] if letters[0] else expected == given
+
+
+def words_of(text: str) -> set[str]:
+    """In lower case, without signs."""
+    return set(re.findall(r"[\w.]*\w", text.lower()))
+
+
+def telling(expected: list[str]) -> list[set[str]]:
+    """Of each of a skill's right answers the words that at most SHARED of them have; all where that leaves none."""
+    every = [words_of(text) for text in expected]
+    counts = Counter(word for words in every for word in words)
+    own = [{word for word in words if counts[word] <= SHARED * len(every)} for words in every]
+    return [few or words for few, words in zip(own, every, strict=True)]
 
 
 def text_questions(per_skill: int, seed: int) -> dict[str, list[tuple[str, str, None]]]:
@@ -67,7 +85,9 @@ def main() -> None:
     for skill, rows in cases.items():
         given = [next(answers) for _ in rows]
         scores[skill] = 100 * sum(right(row[1], text) for row, text in zip(rows, given, strict=True)) / len(rows)
-        print(f"{skill:30s}{scores[skill]:6.1f}   e.g. {rows[0][1]!r}: {given[0]!r}")
+        words = telling([row[1] for row in rows])
+        held = 100 * sum(own <= words_of(text) for own, text in zip(words, given, strict=True)) / len(rows)
+        print(f"{skill:30s}{scores[skill]:6.1f}{held:6.1f}   e.g. {rows[0][1]!r}: {given[0]!r}")
     if args.json:
         args.json.write_text(json.dumps(scores, indent=1) + "\n")
 

@@ -45,9 +45,13 @@ def make(root: Path, described: dict[str, Any], fill: Callable[[Path], None]) ->
 
 
 def command(description: str, build: Callable[[Path, int], bool], usual: Path) -> None:
-    """The command line of what makes a benchmark of a seed, in the `usual` folder or another."""
+    """The command line of what makes a benchmark, in the `usual` folder and of the seed that `build` has, or others."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=usual)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="instead of the one that runs take")
     args = parser.parse_args()
-    print(f"{args.out}: {'made' if build(args.out, args.seed) else 'already there'}")
+    try:
+        made = build(args.out) if args.seed is None else build(args.out, args.seed)
+    except OSError as error:
+        parser.exit(1, f"{error}\n")
+    print(f"{args.out}: {'made' if made else 'already there'}")
