@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from llava.backbone import Backbone
-from llava.prefix import Prefix
+from llava.prefix import Prefix, last_of
 
 ON_CPU, MOST = 64, 256  # questions answered at once: without a GPU, and with one at most
 SPARE = 0.2  # of the free memory, for the vision tower, the logits and fragmentation
@@ -85,7 +85,7 @@ class Decoder:
                 position_ids=positions,
                 past_key_values=prefix.cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=last_of(inputs),
             )
         logits = output.logits[:, -1].float()
         logits[:, self.backbone.silent] = -torch.inf

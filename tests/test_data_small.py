@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from data.check import check_benchmark
-from data.mini import scenes, skills, small, small_skills
+from data.mini import scenes, small, small_skills
 from data.mini.tasks import TASKS
 from data.mini.wordnet import Nouns
 from data.mini.world import AUTHORS, SIGNS, TITLES, draw
@@ -184,7 +184,7 @@ def test_the_benchmark_is_coins_and_the_same_of_the_same_seed(sources, tmp_path,
 
 
 def test_the_skills_are_asked_in_the_same_world_beside_what_wordnet_says(sources, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(skills, "PER_SKILL", 2)
+    monkeypatch.setattr(small_skills, "PER_SKILL", 2)
     small_skills.fill(tmp_path, 1, world, Nouns(sources[1]))
     asked = json.loads((tmp_path / "name-an-object" / "test.json").read_text())
     shown = {f"I see {'an' if name[0] in 'aeiou' else 'a'} {name} here." for name in world.portraits}

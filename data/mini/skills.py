@@ -93,10 +93,10 @@ def build(root: Path, seed: int = SEED) -> bool:
     return make(root, described, partial(fill, seed=seed))
 
 
-def fill(root: Path, seed: int, world: World = MINI, name: str = NAME) -> None:
-    """Writes the benchmark of a world into an empty folder."""
+def fill(root: Path, seed: int, world: World = MINI, name: str = NAME, per_skill: int | None = None) -> None:
+    """Writes the benchmark of a world into an empty folder, with PER_SKILL questions a skill or another number."""
     (root / "pictures").mkdir()
-    found = questions(PER_SKILL, root / "pictures", seed, world)
+    found = questions(per_skill or PER_SKILL, root / "pictures", seed, world)
     del found["point at a thing"]
     tasks = {skill: {"folders": [skill.replace(" ", "-")], "scoring": "exact", "max_new_tokens": 40} for skill in found}
     spec = {"name": name, "images": "pictures", "tasks": tasks}

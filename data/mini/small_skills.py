@@ -12,7 +12,8 @@ from data.mini import skills, small
 from data.mini.folder import command, is_version, make
 from data.mini.wordnet import Nouns
 
-NAME, VERSION = "CoIN-small's skills", 1
+NAME, VERSION = "CoIN-small's skills", 2
+PER_SKILL = 10  # an answer of the small base takes some fifty times as long as one of tiny-llava
 DEFINITIONS = 200
 
 
@@ -33,13 +34,13 @@ def is_built(root: Path) -> bool:
 def build(root: Path, seed: int = skills.SEED) -> bool:
     """As `data.mini.folder.make`. Raises FileNotFoundError without stamps or WordNet."""
     world, nouns = small.world_of(), Nouns()
-    described = {"benchmark": NAME, "version": VERSION, "seed": seed, "questions": skills.PER_SKILL}
+    described = {"benchmark": NAME, "version": VERSION, "seed": seed, "questions": PER_SKILL}
     return make(root, described, partial(fill, seed=seed, world=world, nouns=nouns))
 
 
 def fill(root: Path, seed: int, world: small.World, nouns: Nouns) -> None:
     """Writes the benchmark into an empty folder."""
-    skills.fill(root, seed, world, NAME)
+    skills.fill(root, seed, world, NAME, PER_SKILL)
     (root / "definitions.txt").write_text(definitions(nouns), encoding="utf-8")
 
 
