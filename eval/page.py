@@ -22,16 +22,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 
 from data.benchmark import open_benchmark
-from data.cache import cache_folder, make_once
 from eval.answered import Answered, answered
 from eval.charts import beta_chart, line_chart, scatter
 from eval.kept import KeptRun
 from eval.metrics import DEFINITIONS
+from eval.page_template import embedded, part, rendered
 from eval.retained import matrix_of
 from eval.run_statistics import stories
 from eval.runs import EvaluatedRun, arguments, chosen_runs
@@ -40,49 +38,12 @@ from eval.tables import Table
 from llaca.pool import Pool
 from llaca.stream import write_atomically
 
-PAGES = Path(__file__).with_name("pages")
 PICTURES = 5_000_000  # bytes of base64 in a page
 QUESTIONS = 1500  # of a task
 SIDE = 192  # pixels of a picture that is too large to be taken as it is
 AS_IT_IS = 12_000  # bytes of a file
 MODES = ("official", "lenient")
 ORIGIN = ("commit", "started", "machine", "torch", "transformers", "peft")
-# A page may run its own scripts (Vega compiles expressions) and nothing else.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'"
-
-
-def library() -> Markup:
-    """Vega, Vega-Lite and Vega-Embed as a script that sets `vegaEmbed`; bundled once (two seconds) and kept."""
-    from vl_convert import __version__, javascript_bundle
-
-    def bundle(file: Path, partial: Path) -> None:
-        code = javascript_bundle("window.vegaEmbed = vegaEmbed;")
-        partial.write_text(code.replace("</script", "<\\/script"), encoding="utf-8")
-
-    file = cache_folder() / "pages" / f"vega-{__version__}.js"
-    make_once([file], bundle)
-    return Markup(file.read_text(encoding="utf-8"))
-
-
-def part(*names: str) -> Markup:
-    """Files of eval/pages, one after the other."""
-    return Markup("\n".join((PAGES / name).read_text(encoding="utf-8") for name in names))
-
-
-def embedded(content: Any) -> Markup:
-    """JSON for a script element: what could end it, or start markup, is escaped."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for sign in "<>&\u2028\u2029":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return Markup(text)
-
-
-def rendered(template: str, **content: Any) -> str:
-    """A page of eval/pages."""
-    pages = Environment(loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=False)
-    return pages.get_template(template).render(
-        policy=Markup(POLICY), style=part("page.css"), library=library(), **content
-    )
 
 
 # --- a run ---

@@ -19,7 +19,8 @@ from transformers import (
 from data.mini import small
 from data.packages import UNPACKED
 from llava.backbones.llava15 import CHAT, PLACEHOLDER
-from scripts.tiny_families import PATCH, TinyLlava
+from scripts.tiny_families import TinyLlava
+from scripts.tiny_targets import PATCH
 
 LANGUAGE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # SmolLM2's without the system prompt, which would be a fifth of a record.
@@ -88,7 +89,7 @@ class SmallLlava(TinyLlava):
         TinyLlava.prepared(model)
         model.model.language_model.to(torch.bfloat16)
         model.tie_weights()
-        model.model.language_model.set_attn_implementation("eager")  # its backward is a quarter of sdpa's on a CPU
+        model.model.language_model.set_attn_implementation("eager")  # faster than sdpa in bfloat16 on a CPU
         return model
 
     @staticmethod

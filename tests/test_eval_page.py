@@ -10,7 +10,8 @@ import pytest
 from test_llaca_train import arguments, mini  # noqa: F401
 
 from eval.ask import Asker, main
-from eval.page import data_url, embedded, run_page
+from eval.page import data_url, run_page
+from eval.page_template import embedded
 from eval.report import main as report
 from eval.report import show
 from eval.runs import open_run
