@@ -205,7 +205,9 @@ def table(
     behind = behind[["run", "method", *behind.columns.drop(["run", "method"])]]
     majority, left_out = baseline(every[0])
     found = results_table(lines, majority)
-    where = f", on {open_benchmark(stream.data_root).name} with the tiny base" if options.mini else ""
+    bases = {run.recipe.model.base for run in every} | {run.recipe["base"] for run in earlier if run.recipe}
+    told_bases = " and ".join(sorted(Path(base).name for base in bases))
+    where = f", on {open_benchmark(stream.data_root).name} with {told_bases}" if options.mini else ""
     notes = [f"{study['title']}{where}; {split} split.", *study.get("notes", [])]
     wordings = {run.recipe.stream.instructions for run in every}
     notes += [f"The majority row is of the {stream.instructions} instructions."] if len(wordings) > 1 else []
@@ -252,7 +254,7 @@ def main(given: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("study", choices=known)
-    parser.add_argument("--mini", action="store_true", help="CoIN-mini and the tiny base, on a CPU")
+    parser.add_argument("--mini", action="store_true", help="the study's recipe for a CPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", default=[], help="only these rows")
     parser.add_argument(
