@@ -15,6 +15,7 @@ import numpy as np
 KEYS = ("Avg.ACC", "Forgetting", "New.ACC", "MAA", "BWT")
 RETAINED_KEYS = ("Retained", "Retained (base)", "Retained loss", "Retained loss (base)")
 TEXT_KEYS = ("AR", "FWT (no base)", "BWT (T-1)")  # of text streams: Table 8's AR, FWT and BWT
+BESIDE = ("FWT", *RETAINED_KEYS, *TEXT_KEYS)  # what A alone does not give
 DEFINITIONS = {
     "Avg.ACC": "mean accuracy over all tasks after the last stage; higher is better",
     "Forgetting": "mean over all tasks but the last of (best accuracy at any stage before the last, from the "

@@ -18,9 +18,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from eval.kept import RETAINED, KeptRun
 from eval.predict import Answerer
 from eval.runs import BASE, EvaluatedRun, RetainedRun
 from eval.score import QuestionSet, read_answers, score_task
+from llaca.stream import write_atomically
 from llava.backbone import Backbone
 from llava.generate import Decoder
 
@@ -90,29 +92,35 @@ def token_loss(model: nn.Module, backbone: Backbone, text: str) -> float:
     return total / count
 
 
-def matrix_of(run: EvaluatedRun) -> pd.DataFrame | None:
+def matrix_of(run: EvaluatedRun | KeptRun) -> pd.DataFrame | None:
     """Accuracy of the base and after every stage, as `score_retained` wrote it; None where it did not."""
+    if isinstance(run, KeptRun):
+        return run.retained
     path = run.folder / "retained" / "matrix.csv"
     return pd.read_csv(path, index_col="stage") if path.is_file() else None
 
 
-def write_stages(methods: Mapping[str, Sequence[EvaluatedRun]], out: Path) -> None:
-    """retained.csv: every cell of the runs' matrices; retained.md: a row a method, after every stage the mean over the
-    tasks, ± its standard deviation over the runs. Every run has been scored, on the same stream."""
-    rows, lines, head = [], [], []
+def write_stages(methods: Mapping[str, Sequence[EvaluatedRun | KeptRun]], out: Path) -> None:
+    """RETAINED: every cell of the runs' matrices; retained.md: a row a method, after every stage the mean over the
+    tasks, ± its standard deviation over the runs. Methods whose runs were not all measured are left out."""
+    rows, told = [], {}
     for label, runs in methods.items():
-        matrices = [matrix_of(run) for run in runs]
-        for run, matrix in zip(runs, matrices, strict=True):
+        matrices = {run.name: matrix_of(run) for run in runs}
+        if any(matrix is None for matrix in matrices.values()):
+            continue
+        for name, matrix in matrices.items():
             cells = matrix.stack().items()
             rows += [
-                {"method": label, "run": run.name, "stage": stage, "task": task, "accuracy": accuracy}
+                {"method": label, "run": name, "stage": stage, "task": task, "accuracy": accuracy}
                 for (stage, task), accuracy in cells
             ]
-        means = np.array([matrix.mean(axis=1) for matrix in matrices])
-        spread = means.std(0, ddof=1) if len(runs) > 1 else [None] * means.shape[1]
-        told = [f"{m:.1f}" if s is None else f"{m:.1f} ± {s:.1f}" for m, s in zip(means.mean(0), spread, strict=True)]
-        head = ["Method", *matrices[0].index]
-        lines.append([f"{label} (n={len(runs)})", *told])
-    table = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-    (out / "retained.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in table), encoding="utf-8")
-    pd.DataFrame(rows).to_csv(out / "retained.csv", index=False, float_format="%.10g")
+        means = pd.DataFrame({name: matrix.mean(axis=1) for name, matrix in matrices.items()})
+        shown = means.mean(axis=1).map("{:.1f}".format)
+        if len(runs) > 1:
+            shown += " ± " + means.std(axis=1, ddof=1).map("{:.1f}".format)
+        told[f"{label} (n={len(runs)})"] = shown.to_dict()
+    stages = list(dict.fromkeys(stage for shown in told.values() for stage in shown))
+    table = [["Method", *stages], ["---", *["---:"] * len(stages)]]
+    table += [[label, *(shown.get(stage, "-") for stage in stages)] for label, shown in told.items()]
+    write_atomically(out / "retained.md", "".join(f"| {' | '.join(line)} |\n" for line in table))
+    write_atomically(out / RETAINED, pd.DataFrame(rows).to_csv(index=False, float_format="%.10g"))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 
-from eval.metrics import KEYS, TEXT_KEYS
+from eval.metrics import BESIDE, KEYS
 from eval.runs import EvaluatedRun
 from eval.score import Majority
 
@@ -33,7 +33,7 @@ def run_statistics(methods: dict[str, list[EvaluatedRun]], metrics: dict[str, di
                 "trained parameters": most(told, "trained_parameters"),
                 "seconds per step": sum(story["seconds"] for story in told) / steps if steps else None,
                 "peak GB": most(told, "peak_memory_bytes", 1e9),
-                **{key: metrics[run.name][key] for key in (*KEYS, *TEXT_KEYS) if key in metrics[run.name]},
+                **{key: metrics[run.name][key] for key in (*KEYS, *BESIDE) if key in metrics[run.name]},
                 "dropped records": sum(story["dropped_records"] for story in told),
                 "averaged stages": len(averaged),
                 **{

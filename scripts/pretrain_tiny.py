@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scripts import small_seeing, tiny_seeing, tiny_t5
-from scripts.small_family import SmallLlava
+from scripts.small_family import START, SmallLlava
 from scripts.tiny_families import FAMILIES
 
 COURSES = {family: tiny_seeing for family in FAMILIES} | {"t5": tiny_t5, "small": small_seeing}
@@ -73,8 +73,7 @@ class Pretraining:
     def run_phase(self, name: str, steps: int, optimizer_state: dict | None) -> None:
         """Train a phase of the course with linear warm-up and cosine decay, from the step that `progress` tells.
 
-        Every step draws from a seed of its own, so that a phase that goes on, and later phases alone, continue as one
-        long run would.
+        Every step draws from a seed of its own, so that a phase that goes on continues as one long run would.
         """
         args, module, progress = self.args, self.module, self.progress
         phase, seeing = COURSES[args.family].PHASES[name], module.begin(name)
@@ -119,12 +118,13 @@ class Pretraining:
 
 
 def main() -> None:
-    """Command line. A call that was broken off goes on when it is typed again."""
+    """Command line. A call that was broken off goes on when it is typed again; a model that is made stays."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--family", choices=list(ALL), default="llava", help="the model_type of config.json")
+    courses = "; ".join(f"of {family} {', '.join(course.PHASES)}" for family, course in COURSES.items())
+    parser.add_argument("--family", choices=list(ALL), default="llava", help="of the base")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--instructions", type=Path, default=Path("data/instructions.json"))
-    parser.add_argument("--phases", nargs="+", help="only these: vision, whole, finish; of t5 denoise, first")
+    parser.add_argument("--phases", nargs="+", help=f"only these: {courses}")
     parser.add_argument("--steps", type=int, nargs="+", help="of each of the phases")
     parser.add_argument("--start-from", type=Path, help="a model after the phases before")
     parser.add_argument("--seed", type=int, default=0)
@@ -143,7 +143,14 @@ def main() -> None:
     steps = args.steps or [usual.get(name, phases[name].steps) for name in names]
     if len(steps) != len(names):
         parser.error(f"{len(names)} phases ({', '.join(names)}) take as many --steps")
-    family = ALL[args.family](args.start_from or args.out)
+    if (args.out / "model.safetensors").is_file() and not (args.out / "progress.pt").is_file():
+        if args.rank == 0:
+            print(f"{args.out}: already there; remove it to make it anew")
+        return
+    try:
+        family = ALL[args.family](args.start_from or args.out)
+    except FileNotFoundError as error:
+        sys.exit(f"scripts.pretrain_tiny: {error}")
     told = {"family": args.family, "seed": args.seed, "phases": names, "steps": steps, "processes": args.world}
     told |= {"start_from": str(args.start_from), "bf16": args.bf16}
     progress = Progress(args.out / "progress.pt", told, family)
@@ -159,7 +166,8 @@ def main() -> None:
     model = family.load(args.start_from) if args.start_from else family.model()
     if args.rank == 0:
         if args.start_from:
-            shutil.copytree(args.start_from, args.out, dirs_exist_ok=True)
+            unmade = shutil.ignore_patterns("*.safetensors")  # a model in the folder would count as made
+            shutil.copytree(args.start_from, args.out, ignore=unmade, dirs_exist_ok=True)
         count = sum(p.numel() for p in model.parameters())
         print(f"{count:,} parameters, {len(family.tokenizer)} tokens", flush=True)
     course = COURSES[args.family]
@@ -174,6 +182,7 @@ def main() -> None:
     if args.rank == 0:
         family.finished(model).save_pretrained(args.out)
         progress.file.unlink()
+        shutil.rmtree(args.out / START, ignore_errors=True)
     if args.world > 1:
         dist.destroy_process_group()
 

@@ -23,6 +23,7 @@ from scripts.tiny_families import TinyLlava
 from scripts.tiny_targets import PATCH
 
 LANGUAGE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+START = "start"  # folder of the model before the first step: the base's own folder holds none until it is made
 # SmolLM2's without the system prompt, which would be a fifth of a record.
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -77,11 +78,11 @@ class SmallLlava(TinyLlava):
         model.tie_weights()
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-        self.finished(model).save_pretrained(self.folder)
+        self.finished(model).save_pretrained(self.folder / START)
 
     def model(self) -> LlavaForConditionalGeneration:
         """One with a random tower and projector."""
-        return self.load(self.folder)
+        return self.load(self.folder / START)
 
     @staticmethod
     def prepared(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from data.mini import corpus
+from data.mini.world import GENRES
 from scripts import tiny_seeing
 from scripts.small_family import SmallLlava
 from scripts.tiny_families import Phase
@@ -88,9 +89,10 @@ class Pretraining(nn.Module):
 
     @cached_property
     def named(self) -> torch.Tensor:
-        """[names, width of the language model]: the mean embedding of each name's tokens, of length 1."""
+        """[names, width of the language model]: the mean embedding of each name's tokens, of length 1. An icon is its
+        genre's."""
         table, tokenizer = self.model.get_input_embeddings().weight.detach().float(), self.family.tokenizer
-        words = [name.rstrip("!") or "nothing" for name in names_of(self.family.world)]
+        words = [GENRES.get(name, name).rstrip("!") or "nothing" for name in names_of(self.family.world)]
         ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
         return functional.normalize(torch.stack([table[torch.tensor(one)].mean(0) for one in ids]), dim=-1)
 

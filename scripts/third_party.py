@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.prepare.folders import FEWEST
+from data.prepare.splits import FEWEST
 from data.prepare.stamps import named
 
 PER_CLASS = 150  # pictures of a digit or of a kind of clothes

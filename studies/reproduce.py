@@ -132,7 +132,9 @@ def kept_rows(
             raise ValueError(f"{options.out}: {label} is of the seeds {seeds}, not {sorted(options.seeds)}; {remedy}")
         by_seed = {recipe.run.seed: recipe for recipe in recipes[label]}
         for run in members:
-            if lines := run.differs(by_seed[run.seed], split=options.split, scoring=options.scoring):
+            if lines := run.differs(
+                by_seed[run.seed], split=options.split, scoring=options.scoring, cells=options.cells
+            ):
                 told = "".join(f"  {line}\n" for line in lines)
                 raise ValueError(f"{options.out}: {run.name} is of another recipe:\n{told}{remedy}")
     return kept
@@ -224,8 +226,8 @@ def table(
     if pairs := {words: pair for words, pair in study.get("differences", {}).items() if told.issuperset(pair)}:
         shown = TABLE_METRICS if released else TEXT_KEYS
         (options.out / "differences.md").write_text(differences(behind, pairs, runs, shown), encoding="utf-8")
-    if measured and len(measured) == len(every):
-        write_stages(runs, options.out)
+    if measured:
+        write_stages(rows, options.out)
     if len({tuple(run.tasks) for own in rows.values() for run in own}) == 1:
         draw(rows, metrics, options.out)
     tables_page(found, rows, metrics, options.out)

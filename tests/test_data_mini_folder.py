@@ -22,4 +22,5 @@ def test_without_a_seed_the_command_takes_the_builders_own(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["birds", "--seed", "0"])
     with pytest.raises(SystemExit):
         ask()
-    assert capsys.readouterr().err == f"{root} exists and is not Birds version 1 of seed 0; move it away\n"
+    told = "Birds version 1 of seed 0 as asked for (it differs in seed)"
+    assert capsys.readouterr().err == f"{root} exists and is not {told}; move it away\n"

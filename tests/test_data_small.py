@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -171,9 +170,7 @@ def test_the_benchmark_is_coins_and_the_same_of_the_same_seed(sources, tmp_path,
     monkeypatch.setattr(small, "SIZES", {"train": 6, "dev": 2, "test": 3})
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
-        monkeypatch.setattr(sys, "argv", ["small", "--out", str(folder), "--stamps", str(sources[0]), "--wordnet",
-                                          str(sources[1])])  # fmt: skip
-        small.main()
+        assert small.build(folder, 0, *sources)
     one, two = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in folders)
     assert one == two and len([path for path in one if path.suffix == ".png"]) > 70
     assert small.is_built(folders[0]) and not small.build(folders[0], 0, *sources)
@@ -197,6 +194,6 @@ def test_the_skills_are_asked_in_the_same_world_beside_what_wordnet_says(sources
 def test_a_package_that_is_not_there_is_named(sources, tmp_path, lacking):
     places = {"stamps": sources[0], "wordnet": sources[1], lacking: tmp_path / "nothing"}
     package = {"stamps": "tuxpaint-stamps-default", "wordnet": "wordnet-base"}[lacking]
-    with pytest.raises(FileNotFoundError, match=f"apt install {package}, or .*the folder usr/share"):
+    with pytest.raises(FileNotFoundError, match=f"make_small_llava.sh fetches .*apt install {package}"):
         small.build(tmp_path / "out", 0, **places)
     assert not (tmp_path / "out").exists()

@@ -130,13 +130,20 @@ def test_a_studys_stages_are_the_means_of_its_runs(tmp_path):
         matrix = pd.DataFrame(rows, index=["base", "01-GQA"], columns=["count", "read"])
         matrix.to_csv(tmp_path / name / "retained" / "matrix.csv", index_label="stage")
         runs[name] = SimpleNamespace(name=name, folder=tmp_path / name)
-    write_stages({"LoRA": [runs["a"], runs["b"]], "LLaCA": [runs["c"]]}, tmp_path)
+    joint = pd.read_csv(tmp_path / "c" / "retained" / "matrix.csv", index_col="stage")
+    joint.index = ["base", "01-multi_task"]
+    (tmp_path / "d" / "retained").mkdir(parents=True)
+    joint.to_csv(tmp_path / "d" / "retained" / "matrix.csv", index_label="stage")
+    zero_shot, joint = (SimpleNamespace(name=name, folder=tmp_path / name) for name in "ed")
+    methods = {"Zero-shot": [zero_shot], "LoRA": [runs["a"], runs["b"]], "LLaCA": [runs["c"]], "Multi-task": [joint]}
+    write_stages(methods, tmp_path)
     assert (tmp_path / "retained.md").read_text().splitlines() == [
-        "| Method | base | 01-GQA |",
-        "| --- | ---: | ---: |",
-        "| LoRA (n=2) | 85.0 ± 7.1 | 25.0 ± 0.0 |",
-        "| LLaCA (n=1) | 90.0 | 80.0 |",
+        "| Method | base | 01-GQA | 01-multi_task |",
+        "| --- | ---: | ---: | ---: |",
+        "| LoRA (n=2) | 85.0 ± 7.1 | 25.0 ± 0.0 | - |",
+        "| LLaCA (n=1) | 90.0 | 80.0 | - |",
+        "| Multi-task (n=1) | 90.0 | - | 80.0 |",
     ]
     found = pd.read_csv(tmp_path / "retained.csv")
-    assert len(found) == 12
+    assert len(found) == 16
     assert found[(found.run == "b") & (found.stage == "01-GQA")].accuracy.tolist() == [30, 20]

@@ -4,7 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from test_eval_retained import skill_folder  # noqa: F401
 from test_llaca_train import arguments, mini  # noqa: F401
 
 from llaca.config import load_recipe
@@ -54,22 +56,37 @@ def test_kept_rows_are_those_that_were_made(call, tmp_path, capsys):
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+def test_what_stays_of_the_base_is_kept_too(call, tmp_path, skill_folder):  # noqa: F811
+    measured = ("--retained", str(skill_folder))
+    whole = call("whole", "--rows", *ROWS[:2], *measured)
+    parts = call("parts", "--rows", ROWS[0], *measured)
+    shutil.rmtree(tmp_path / "runs" / pd.read_csv(parts / "runs.csv")["run"][0])
+    call("parts", "--keep", "--rows", ROWS[1], *measured)
+    for name in ("runs.csv", "retained.md", "retained.csv"):
+        assert (parts / name).read_text() == (whole / name).read_text(), name
+    ours, theirs = (pd.read_csv(folder / "table.csv", comment="#") for folder in (parts, whole))
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4)
+    assert ours["Retained"].notna()[0] and ours["Retained loss"][0] > 0
+
+
 def test_what_does_not_fit_is_not_kept(call):
     out = call("out", "--rows", *ROWS[:2])
     for told, flags in {
         "another recipe:\n  learning_rate: 0.01 there, 5.0 now\nmake the row anew": ["--learning_rate", "5"],
-        "another recipe:\n  split: 'test' there, 'dev' now": ["--split", "dev"],
+        "another recipe:\n  split: 'test' there, 'dev' now\nmake": ["--split", "dev"],
+        "another recipe:\n  cells: 'triangle' there, 'final' now\nmake": ["--cells", "final"],
         r"is of the seeds \[0\], not \[0, 1\]; make the row anew: --keep --rows 'LoRA'": ["--seeds", "0", "1"],
     }.items():
         with pytest.raises(SystemExit, match=told):
             call("out", "--keep", *flags)
     with pytest.raises(SystemExit, match="no table was written there; leave --keep out"):
         call("nowhere", "--keep")
-    written = json.loads((out / "recipes.json").read_text())
-    written["all"]["inputs"]["GQA"] = "0" * 64
-    (out / "recipes.json").write_text(json.dumps(written))
-    with pytest.raises(SystemExit, match="checksum of GQA: '0000"):
-        call("out", "--keep")
+    for part, told in (("questions", "checksum of GQA's questions: '0000"), ("inputs", "checksum of GQA: '0000")):
+        written = json.loads((out / "recipes.json").read_text())
+        written["all"][part]["GQA"] = "0" * 64
+        (out / "recipes.json").write_text(json.dumps(written))
+        with pytest.raises(SystemExit, match=told):
+            call("out", "--keep")
     call("out", "--keep", "--rows", *ROWS[:2])
     (out / "recipes.json").unlink()
     call("out", "--keep", "--rows", "LoRA")

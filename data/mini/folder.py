@@ -27,11 +27,14 @@ def make(root: Path, described: dict[str, Any], fill: Callable[[Path], None]) ->
     Raises FileExistsError if something else is there: it deletes nothing of the user's.
     """
     stamp = root / STAMP
-    if stamp.is_file() and json.loads(stamp.read_text()) == described:
+    there = json.loads(stamp.read_text()) if stamp.is_file() else {}
+    if there == described:
         return False
     if root.exists():
         named = f"{described['benchmark']} version {described['version']} of seed {described['seed']}"
-        raise FileExistsError(f"{root} exists and is not {named}; move it away")
+        other = [key for key, told in described.items() if there.get(key) != told] if there else []
+        differs = f" (it differs in {', '.join(other)})" if other else ""
+        raise FileExistsError(f"{root} exists and is not {named} as asked for{differs}; move it away")
     partial = Path(tempfile.mkdtemp(prefix=f"{root.name}.partial-", dir=root.parent))
     try:
         fill(partial)

@@ -1,5 +1,5 @@
 """CoIN-small, CoIN-mini's eight tasks in a world of real pictures and words: `python -m data.mini.small [--out DIR]
-[--seed N] [--stamps DIR] [--wordnet DIR]`.
+[--seed N]`.
 
     objects   Tux Paint's stamps (Debian's tuxpaint-stamps-default, GPL-2): drawings and photographs of animals, food,
               plants, vehicles and household things, several of some; named by the last words of their descriptions
@@ -9,12 +9,11 @@
     words     in four fonts that matplotlib ships
 
 Pictures are 96 pixels along the longer side, every layout that of CoIN-mini at twice its size; schema, instructions and
-scoring are CoIN's. Both packages lie under /usr/share after `apt install`, or unpacked by `dpkg -x` anywhere; what is
-made of the stamps is not to be passed on under another licence than theirs. The whole is a function of the packages and
-the seed.
+scoring are CoIN's. Both packages lie under /usr/share after `apt install`, or where scripts/make_small_llava.sh unpacks
+them; what is made of the stamps is not to be passed on under another licence than theirs. The whole is a function of
+the packages and the seed.
 """
 
-import argparse
 from collections import defaultdict
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 
 from data.mini.build import fill
-from data.mini.folder import is_version, make
+from data.mini.folder import command, is_version, make
 from data.mini.wordnet import SOURCE as WORDNET
 from data.mini.wordnet import Nouns
 from data.mini.world import SIDE, World, font_file, squared
@@ -127,20 +126,5 @@ def build(root: Path, seed: int = 0, stamps: Path = STAMPS, wordnet: Path = WORD
     return make(root, described, partial(fill, seed=seed, sizes=SIZES, world=world, name=NAME))
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m data.mini.small", description=__doc__.partition(":")[0])
-    parser.add_argument("--out", type=Path, default=Path("data/coin_small"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stamps", type=Path, default=STAMPS, help="usr/share/tuxpaint/stamps of the package")
-    parser.add_argument("--wordnet", type=Path, default=WORDNET, help="usr/share/wordnet of the package")
-    options = parser.parse_args()
-    try:
-        made = build(options.out, options.seed, options.stamps, options.wordnet)
-    except OSError as error:
-        raise SystemExit(f"data.mini.small: {error}") from error
-    print(f"{options.out}: {'made' if made else 'already there'}")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__.splitlines()[0].partition(":")[0], build, Path("data/coin_small"))

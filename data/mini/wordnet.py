@@ -19,8 +19,8 @@ class Nouns:
         for name in ("index.noun", "data.noun", "cntlist.rev"):
             if not (source / name).is_file():
                 raise FileNotFoundError(
-                    f"{source / name}: no WordNet there; apt install wordnet-base, or give --wordnet the folder "
-                    "usr/share/wordnet of the unpacked package"
+                    f"{source / name}: no WordNet there; bash scripts/make_small_llava.sh fetches it, or "
+                    "apt install wordnet-base"
                 )
         self.senses: dict[str, list[int]] = {}
         for line in _lines(source / "index.noun"):

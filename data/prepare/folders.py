@@ -10,6 +10,7 @@ the folders and the seed.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import shutil
@@ -21,7 +22,7 @@ import yaml
 from PIL import Image
 
 from data.mini.folder import make
-from data.prepare.splits import SHARES, in_turn, shared_out
+from data.prepare.splits import FEWEST, SHARES, in_turn, shared_out
 from data.progress import progress
 from data.records import IMAGE
 
@@ -29,7 +30,6 @@ VERSION = 1
 ASKED = "What is in the picture?"
 HOW = "Answer the question using a single word or phrase."
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-FEWEST = 5  # pictures of a class, so that every split has one
 LONGEST = 32  # tokens of an answer
 
 
@@ -64,6 +64,15 @@ def classes_of(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
+def listed(folder: Path) -> str:
+    """SHA-256 of the pictures' names and contents. Raises what `classes_of` raises."""
+    found = hashlib.sha256()
+    for path in (path for paths in classes_of(folder).values() for path in paths):
+        with path.open("rb") as picture:
+            found.update(f"{path.relative_to(folder)} {hashlib.file_digest(picture, 'sha256').hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
 def take_over(picture: Path, to: Path) -> Path:
     """Copy a picture, as PNG on white if it is transparent anywhere; return where it lies. Raises ValueError for a file
     that cannot be read."""
@@ -72,7 +81,7 @@ def take_over(picture: Path, to: Path) -> Path:
         with Image.open(picture) as opened:
             opened.load()
             shown = opened.convert("RGBA") if opened.has_transparency_data else None
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{picture} cannot be read as a picture ({error}): mend it or take it away") from error
     to = to if shown is None or to.suffix == ".png" else to.with_name(f"{to.name}.png")
     if to.exists():
@@ -136,13 +145,14 @@ def build(
 ) -> bool:
     """As `data.mini.folder.make`: the folders of `tasks`, their questions where `asked` has one, at `most` so many
     records of each split. Raises ValueError or FileNotFoundError for what cannot become a benchmark."""
+    if most and min(most) < 1:
+        raise ValueError(f"--most {' '.join(map(str, most))}: each split takes one record at least")
     if unknown := [task for task in asked if task not in tasks]:
         raise ValueError(f"--ask {unknown[0]}=...: there is no such task; there are {', '.join(tasks)}")
     sources = {task: Source(folder, asked.get(task, ASKED)) for task, folder in tasks.items()}
-    for source in sources.values():
-        classes_of(source.folder)
+    there = {task: listed(source.folder) for task, source in sources.items()}
     limits = dict(zip(SHARES, most or (None,) * len(SHARES), strict=True))
-    told = {task: [str(source.folder), source.question] for task, source in sources.items()}
+    told = {task: [str(source.folder), source.question, there[task]] for task, source in sources.items()}
     described = {"benchmark": root.name, "version": VERSION, "seed": seed, "tasks": told, "most": limits}
     return make(root, described, partial(fill, sources=sources, most=limits, seed=seed, name=root.name))
 

@@ -5,15 +5,19 @@ from collections.abc import Iterable
 from itertools import zip_longest
 
 SHARES = {"train": 0.7, "dev": 0.1, "test": 0.2}
+FEWEST = 5  # items, so that every split has one
 
 
 def shared_out(items: list, rng: random.Random) -> dict[str, list]:
-    """Every item in one split, by SHARES."""
-    items, found, begin = rng.sample(items, len(items)), {}, 0.0
+    """Every item in one split, by SHARES; of five items or more at least one in each."""
+    items, found, reached = rng.sample(items, len(items)), {}, 0.0
+    begin, left = 0, len(SHARES)
     for split, share in SHARES.items():
-        end = begin + share
-        found[split] = items[round(begin * len(items)) : round(end * len(items))]
-        begin = end
+        reached, left = reached + share, left - 1
+        end = round(reached * len(items))
+        if len(items) >= FEWEST:
+            end = min(max(end, begin + 1), len(items) - left)
+        found[split], begin = items[begin:end], end
     return found
 
 

@@ -73,8 +73,8 @@ def stamps_in(source: Path) -> list[Stamp]:
                 found.append(Stamp(path, name, kind))
     if not found:
         raise FileNotFoundError(
-            f"{source}: no stamps in it; apt install tuxpaint-stamps-default, or name the folder "
-            "usr/share/tuxpaint/stamps of the unpacked package"
+            f"{source}: no stamps in it; bash scripts/make_small_llava.sh fetches them, or "
+            "apt install tuxpaint-stamps-default"
         )
     return found
 
