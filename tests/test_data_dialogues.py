@@ -81,9 +81,7 @@ def test_the_benchmark_is_a_function_of_the_seed_and_its_splits_share_nothing(tm
     one, again, other = (tmp_path / name for name in ("one", "again", "other"))
     assert text_stream.build(one, 3) and text_stream.build(again, 3) and text_stream.build(other, 4)
     assert not text_stream.build(one, 3) and text_stream.is_built(one) and not text_stream.is_built(tmp_path)
-    with pytest.raises(
-        FileExistsError, match="is not Dialog-mini version 1 of seed 4 as asked for .it differs in seed.; move it away"
-    ):
+    with pytest.raises(FileExistsError, match=r"is not Dialog-mini version 1 of seed 4 .*differs in seed"):
         text_stream.build(one, 4)
     files = sorted(path.relative_to(one) for path in one.rglob("*.json"))
     assert filecmp.cmpfiles(one, again, files, shallow=False)[0] == files
